@@ -1,0 +1,14 @@
+"""The one exception that stands for a mistake a user can mend."""
+
+from collections.abc import Iterable
+import difflib
+
+
+class UserError(ValueError):
+  """A one-line message that names the file, field or shape and says what to do."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+  """Returns ' (did you mean X?)' for the nearest known name, else ''."""
+  close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+  return f' (did you mean {close[0]!r}?)' if close else ''

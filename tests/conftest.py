@@ -1,0 +1,40 @@
+"""Eight CPU devices for every test; a skip must name a reason that CI accepts."""
+
+import importlib.util
+import os
+
+os.environ['XLA_FLAGS'] = (
+    os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+).strip()
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+os.environ.setdefault('HF_DATASETS_OFFLINE', '1')
+os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+_HAS_TORCH = importlib.util.find_spec('torch') is not None
+
+
+def pytest_configure(config):
+  config.addinivalue_line('markers', 'torch: needs torch and transformers')
+
+
+def pytest_collection_modifyitems(items):
+  if _HAS_TORCH:
+    return
+  for item in items:
+    if 'torch' in item.keywords:
+      item.add_marker(pytest.mark.skip(reason='torch is not installed'))
+
+
+def pytest_sessionfinish(session, exitstatus):
+  """Under MOEJAX_FORBID_SKIPS=1 a skipped test fails the run."""
+  reporter = session.config.pluginmanager.get_plugin('terminalreporter')
+  skipped = reporter.stats.get('skipped', []) if reporter else []
+  if os.environ.get('MOEJAX_FORBID_SKIPS') == '1' and skipped and exitstatus == 0:
+    session.exitstatus = 1
+    reporter.write_line(f'{len(skipped)} tests were skipped that must run here', red=True)
