@@ -25,7 +25,8 @@ class MoeConfig:
   """Sparse layers of a Switch Transformer (arXiv 2101.03961).
 
   A sparse step of n makes layer i sparse when i % n == 1; 1 makes every layer sparse, 0 none.
-  `expert_capacity` counts tokens an expert takes from one sequence; None drops no token.
+  `expert_capacity` counts tokens an expert takes from one sequence; None drops no token. With
+  `router_ignore_padding_tokens` padding goes to no expert and counts in no loss.
   """
 
   num_experts: int
@@ -36,6 +37,7 @@ class MoeConfig:
   expert_capacity: int | None = None
   router_z_loss_coef: float = 0.001
   router_aux_loss_coef: float = 0.001
+  router_ignore_padding_tokens: bool = False
 
   def __post_init__(self):
     _require(self.num_experts >= 1, 'moe.num_experts', self.num_experts, 'at least 1')
@@ -118,11 +120,15 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-  """Text to span-corrupted samples (T5, arXiv 1910.10683, 3.1.4). Lengths are in tokens."""
+  """Text to span-corrupted samples (T5, arXiv 1910.10683, 3.1.4). Lengths are in tokens.
+
+  Files are paths, globs or 'archive.tgz::glob'; an empty `tokenizer` trains one on train_files.
+  """
 
   train_files: tuple[str, ...] = ()
   valid_files: tuple[str, ...] = ()
   tokenizer: str = ''
+  num_sentinels: int = 100
   encoder_length: int = 512
   noise_density: float = 0.15
   mean_span: float = 3.0
@@ -131,12 +137,17 @@ class DataConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimConfig:
-  """An optax chain: clip, optimizer, schedule, weight decay and rates by path rules."""
+  """An optax chain: clip, optimizer, schedule, weight decay and rates by path rules.
+
+  Schedules after the warm-up: 'constant', 'cosine', 'linear', 'rsqrt' (T5's), and 'wsd', constant
+  and then linear over the last `decay_steps`. Rules are (path regex, factor), first match wins.
+  """
 
   optimizer: str = 'adamw'
   learning_rate: float = 1e-3
   schedule: str = 'cosine'
   warmup_steps: int = 1000
+  decay_steps: int = 0
   end_fraction: float = 0.1
   b1: float = 0.9
   b2: float = 0.98
@@ -161,7 +172,11 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-  """The training loop. Intervals are in optimizer steps."""
+  """The training loop. Intervals are in optimizer steps; an interval of 0 means never.
+
+  `max_seconds` over 0 ends a run early, with a checkpoint. `peak_flops_per_second` of 0 is measured
+  by a matmul at the start; it is what utilisation is a share of.
+  """
 
   steps: int = 1000
   batch_size: int = 32
@@ -174,6 +189,7 @@ class TrainConfig:
   eval_batches: int = 16
   checkpoint_every: int = 200
   keep_checkpoints: int = 2
+  max_seconds: float = 0.0
   peak_flops_per_second: float = 0.0
 
 

@@ -1,0 +1,92 @@
+"""Linen shells of the parts every model shares: they declare parameters and call ops."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from moejax import tree
+from moejax.config import ModelConfig
+from moejax.ops import attention, ffn, norm
+
+
+def weight(
+    module: nn.Module, name: str, init: Callable, shape: Sequence[int], dtype: Any = jnp.float32
+) -> Any:
+  """A Linen parameter that may also be a weight node of the same logical shape.
+
+  Linen compares leaves one by one and lets a wrong node pass; this compares the logical shape.
+  """
+  if module.has_variable('params', name):
+    value = module.get_variable('params', name)
+    if not tree.is_array(value):
+      if tuple(value.shape) != tuple(shape):
+        path = '/'.join((*module.path, name))
+        raise ValueError(f'{path}: node of shape {tuple(value.shape)}, expected {tuple(shape)}')
+      return value
+  return module.param(name, init, tuple(shape), dtype)
+
+
+def normal(std: float) -> Callable:
+  return nn.initializers.normal(std)
+
+
+class Attention(nn.Module):
+  """x + dropout(attend(norm(x))): self-attention, or cross-attention given a source."""
+
+  config: ModelConfig
+  train: bool = False
+
+  @nn.compact
+  def __call__(
+      self, x_btd: jax.Array, bias: jax.Array | None, source_bsd: jax.Array | None = None
+  ) -> jax.Array:
+    c = self.config
+    heads = (c.num_heads, c.d_kv)
+    factor = c.initializer_factor
+    params = {
+        'q': weight(self, 'q', normal(factor * (c.d_model * c.d_kv) ** -0.5), (c.d_model, *heads)),
+        'k': weight(self, 'k', normal(factor * c.d_model**-0.5), (c.d_model, *heads)),
+        'v': weight(self, 'v', normal(factor * c.d_model**-0.5), (c.d_model, *heads)),
+        'o': weight(
+            self, 'o', normal(factor * (c.num_heads * c.d_kv) ** -0.5), (*heads, c.d_model)
+        ),
+    }
+    scale = weight(self, 'norm', nn.initializers.ones, (c.d_model,))
+    normed = norm.rms_norm(x_btd, scale, c.norm_eps)
+    dropout = nn.Dropout(c.dropout_rate, deterministic=not self.train)
+    y = attention.attend(params, normed, normed if source_bsd is None else source_bsd, bias, dropout)
+    return x_btd + dropout(y)
+
+
+class DenseFfn(nn.Module):
+  """x + dropout(ffn(norm(x)))."""
+
+  config: ModelConfig
+  train: bool = False
+
+  @nn.compact
+  def __call__(self, x_btd: jax.Array) -> jax.Array:
+    c = self.config
+    scale = weight(self, 'norm', nn.initializers.ones, (c.d_model,))
+    params = ffn_params(self, c, ())
+    dropout = nn.Dropout(c.dropout_rate, deterministic=not self.train)
+    y = ffn.dense_ffn(params, norm.rms_norm(x_btd, scale, c.norm_eps), c.activation, dropout)
+    return x_btd + dropout(y)
+
+
+def ffn_params(module: nn.Module, c: ModelConfig, leading: tuple[int, ...]) -> dict[str, Any]:
+  """Declares wi, wo and, in a gated model, gate, with leading axes (the experts)."""
+  into = (*leading, c.d_model, c.d_ff)
+  params = {
+      'wi': weight(module, 'wi', normal(c.initializer_factor * c.d_model**-0.5), into),
+      'wo': weight(
+          module, 'wo', normal(c.initializer_factor * c.d_ff**-0.5),
+          (*leading, c.d_ff, c.d_model),
+      ),
+  }
+  if c.gated:
+    params['gate'] = weight(module, 'gate', normal(c.initializer_factor * c.d_model**-0.5), into)
+  return params

@@ -1,0 +1,196 @@
+"""The encoder-decoder of Switch Transformers and T5 as Linen shells.
+
+Layers can be run one at a time (`Layer.attend`, `Layer.feed_forward`), so that a model larger
+than memory is walked with one layer's parameters.
+"""
+
+import dataclasses
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from moejax import sharding
+from moejax.config import ModelConfig
+from moejax.nn.layers import Attention, DenseFfn, normal, weight
+from moejax.nn.moe import MoeFfn
+from moejax.ops import attention, norm
+from moejax.routing.types import Routing
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Output:
+  """logits_btv float32, the encoder's final hidden states, and each sparse layer's Routing."""
+
+  logits_btv: jax.Array
+  encoder_bsd: jax.Array
+  routings: dict[str, Routing]
+
+
+class Layer(nn.Module):
+  """One encoder or decoder layer: attention(s), then a dense or sparse FFN."""
+
+  config: ModelConfig
+  stack: str
+  sparse: bool
+  mesh: Mesh | None = None
+  train: bool = False
+
+  def setup(self):
+    if self.stack == 'encoder':
+      self.attention = Attention(self.config, self.train)
+    else:
+      self.self_attention = Attention(self.config, self.train)
+      self.cross_attention = Attention(self.config, self.train)
+    if self.sparse:
+      self.ffn = MoeFfn(self.config, self.mesh, self.train)
+    else:
+      self.ffn = DenseFfn(self.config, self.train)
+
+  def attend(
+      self,
+      x: jax.Array,
+      bias: jax.Array,
+      source_bsd: jax.Array | None = None,
+      source_bias: jax.Array | None = None,
+  ) -> jax.Array:
+    """Everything before the feed-forward block."""
+    if self.stack == 'encoder':
+      return self.attention(x, bias)
+    x = self.self_attention(x, bias)
+    return self.cross_attention(x, source_bias, source_bsd)
+
+  def feed_forward(
+      self, x: jax.Array, valid: jax.Array | None = None
+  ) -> tuple[jax.Array, Routing | None]:
+    return self.ffn(x, valid) if self.sparse else (self.ffn(x), None)
+
+  def route(self, x: jax.Array, valid: jax.Array | None = None) -> tuple[jax.Array, Routing]:
+    """The normed input of this sparse layer's experts and its routing."""
+    return self.ffn.route(x, valid)
+
+  def __call__(self, x, bias, source_bsd=None, source_bias=None, valid=None):
+    x = self.attend(x, bias, source_bsd, source_bias)
+    x, routing = self.feed_forward(x, valid)
+    return sharding.constrain_batch(x, self.mesh), routing
+
+
+class Stack(nn.Module):
+  """Layers under one relative position bias, closed by a norm."""
+
+  config: ModelConfig
+  stack: str
+  mesh: Mesh | None = None
+  train: bool = False
+  remat: bool = False
+
+  def setup(self):
+    c = self.config
+    count = c.num_layers if self.stack == 'encoder' else c.num_decoder_layers
+    sparse = c.sparse_layers(self.stack)
+    layer = nn.remat(Layer) if self.remat else Layer
+    self.layers = [
+        layer(c, self.stack, i in sparse, self.mesh, self.train) for i in range(count)
+    ]
+    shape = (c.relative_attention_num_buckets, c.num_heads)
+    init = normal(c.initializer_factor * c.d_model**-0.5)
+    self.relative_bias = weight(self, 'relative_bias', init, shape)
+    self.final_norm = weight(self, 'final_norm', nn.initializers.ones, (c.d_model,))
+    self.dropout = nn.Dropout(c.dropout_rate, deterministic=not self.train)
+
+  def bias(self, length: int, mask: jax.Array | None) -> jax.Array:
+    """Relative position bias plus mask, float32, broadcastable to [b, n, t, t]."""
+    c = self.config
+    buckets = attention.relative_buckets(
+        length, length, bidirectional=self.stack == 'encoder',
+        num_buckets=c.relative_attention_num_buckets,
+        max_distance=c.relative_attention_max_distance,
+    )
+    bias = attention.relative_bias(self.relative_bias.astype(jnp.float32), buckets)[None]
+    masked = attention.mask_bias(mask, length, causal=self.stack == 'decoder')
+    if masked is None:
+      return bias
+    shape = jnp.broadcast_shapes(bias.shape, masked.shape)
+    return jnp.broadcast_to(bias, shape) + jnp.broadcast_to(masked, shape)
+
+  def finish(self, x: jax.Array) -> jax.Array:
+    return self.dropout(norm.rms_norm(x, self.final_norm, self.config.norm_eps))
+
+  def __call__(
+      self, x: jax.Array, mask: jax.Array | None, source_bsd=None, source_mask=None
+  ) -> tuple[jax.Array, dict[str, Routing]]:
+    x = self.dropout(x)
+    bias = self.bias(x.shape[1], mask)
+    source_bias = attention.mask_bias(source_mask, x.shape[1], causal=False)
+    routings = {}
+    for i, layer in enumerate(self.layers):
+      x, routing = layer(x, bias, source_bsd, source_bias, mask)
+      if routing is not None:
+        routings[f'{self.stack}/layers_{i}/ffn'] = routing
+    return self.finish(x), routings
+
+
+class Shared(nn.Module):
+  """The token embedding, used by both stacks and, if tied, by the head."""
+
+  config: ModelConfig
+
+  def setup(self):
+    shape = (self.config.vocab_size, self.config.d_model)
+    self.embedding = weight(self, 'embedding', normal(self.config.initializer_factor), shape)
+
+  def __call__(self, tokens: jax.Array, dtype, mesh: Mesh | None = None) -> jax.Array:
+    return sharding.gather_whole(self.embedding.astype(dtype), mesh)[tokens]
+
+
+class Head(nn.Module):
+  """Untied output projection."""
+
+  config: ModelConfig
+
+  def setup(self):
+    c = self.config
+    init = normal(c.initializer_factor * c.d_model**-0.5)
+    self.kernel = weight(self, 'kernel', init, (c.d_model, c.vocab_size))
+
+  def __call__(self) -> jax.Array:
+    return self.kernel
+
+
+class SwitchTransformer(nn.Module):
+  """Encoder-decoder over tokens; `config.moe` decides which layers hold experts."""
+
+  config: ModelConfig
+  mesh: Mesh | None = None
+  train: bool = False
+  remat: bool = False
+  dtype: jnp.dtype = jnp.float32
+
+  def setup(self):
+    args = (self.mesh, self.train, self.remat)
+    self.shared = Shared(self.config)
+    self.encoder = Stack(self.config, 'encoder', *args)
+    self.decoder = Stack(self.config, 'decoder', *args)
+    if not self.config.tie_embeddings:
+      self.lm_head = Head(self.config)
+
+  def embed(self, tokens: jax.Array) -> jax.Array:
+    return sharding.constrain_batch(self.shared(tokens, self.dtype, self.mesh), self.mesh)
+
+  def logits(self, x_btd: jax.Array) -> jax.Array:
+    """Tied: hidden * d^-0.5 times the embedding (T5 folds the scale here); untied: the head."""
+    if self.config.tie_embeddings:
+      x_btd = x_btd * jnp.asarray(self.config.d_model**-0.5, x_btd.dtype)
+      kernel = self.shared.embedding.astype(x_btd.dtype)
+      return jnp.einsum('btd,vd->btv', x_btd, kernel, preferred_element_type=jnp.float32)
+    kernel = self.lm_head().astype(x_btd.dtype)
+    return jnp.einsum('btd,dv->btv', x_btd, kernel, preferred_element_type=jnp.float32)
+
+  def __call__(self, encoder_tokens, decoder_tokens, encoder_mask=None, decoder_mask=None):
+    encoded, routings = self.encoder(self.embed(encoder_tokens), encoder_mask)
+    decoded, decoder_routings = self.decoder(
+        self.embed(decoder_tokens), decoder_mask, encoded, encoder_mask
+    )
+    return Output(self.logits(decoded), encoded, {**routings, **decoder_routings})

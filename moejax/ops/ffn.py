@@ -1,0 +1,52 @@
+"""Feed-forward blocks as functions: dense, and one of experts on tokens sorted by expert."""
+
+from collections.abc import Callable, Mapping
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moejax.ops.expert_dot import expert_dot
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    'relu': jax.nn.relu,
+    'gelu': functools.partial(jax.nn.gelu, approximate=False),
+    'gelu_new': functools.partial(jax.nn.gelu, approximate=True),
+    'silu': jax.nn.silu,
+}
+
+
+def dense_ffn(
+    params: Mapping[str, Any], x: jax.Array, activation: str, dropout=None
+) -> jax.Array:
+  """wo(act(wi x)), or wo(act(gate x) * (wi x)) where params hold a gate; x is [..., d]."""
+  dtype = x.dtype
+  act = ACTIVATIONS[activation]
+  hidden = jnp.einsum('...d,df->...f', x, params['wi'].astype(dtype))
+  if 'gate' in params:
+    hidden = act(jnp.einsum('...d,df->...f', x, params['gate'].astype(dtype))) * hidden
+  else:
+    hidden = act(hidden)
+  if dropout is not None:
+    hidden = dropout(hidden)
+  return jnp.einsum('...f,fd->...d', hidden, params['wo'].astype(dtype))
+
+
+def expert_ffn(
+    params: Mapping[str, Any],
+    x_md: jax.Array,
+    group_sizes_e: jax.Array,
+    activation: str,
+    dropout=None,
+) -> jax.Array:
+  """The same block for rows sorted by expert; weights are [e, d, f] arrays or weight nodes."""
+  act = ACTIVATIONS[activation]
+  hidden = expert_dot(x_md, params['wi'], group_sizes_e)
+  if 'gate' in params:
+    hidden = act(expert_dot(x_md, params['gate'], group_sizes_e)) * hidden
+  else:
+    hidden = act(hidden)
+  if dropout is not None:
+    hidden = dropout(hidden)
+  return expert_dot(hidden, params['wo'], group_sizes_e)

@@ -1,0 +1,83 @@
+"""The expert block on a batch of tokens, on one device or sharded over a mesh."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+
+from moejax import sharding
+from moejax.ops import ffn
+from moejax.routing import dispatch
+from moejax.routing.types import Routing
+
+
+def num_experts(experts: Mapping[str, Any]) -> int:
+  return experts['wi'].shape[0]
+
+
+def moe_ffn(
+    experts: Mapping[str, Any],
+    x_btd: jax.Array,
+    routing: Routing,
+    activation: str,
+    *,
+    mesh: Mesh | None = None,
+    dropout=None,
+) -> jax.Array:
+  """Sum over choices of gate * expert(x), [b, t, d]; a dropped token gives 0.
+
+  With a mesh of several devices the batch is split over data and expert, the experts over expert
+  and their hidden units over tensor; each expert group gathers its tokens and returns the sums,
+  so nothing is dropped.
+  """
+  batch, length, d = x_btd.shape
+  k = routing.choice_mk.shape[-1]
+  if mesh is None or mesh.size == 1:
+    fn = lambda rows, sizes: ffn.expert_ffn(experts, rows, sizes, activation, dropout)
+    y_mkd = dispatch.apply_experts(
+        x_btd.reshape(-1, d), routing.choice_mk, routing.keep_mk, num_experts(experts), fn
+    )
+  else:
+    y_mkd = _sharded(experts, x_btd, routing, activation, mesh)
+  gate = routing.gate_mk.astype(y_mkd.dtype)[..., None]
+  return (y_mkd * gate).sum(1).reshape(batch, length, d) if k > 1 else (
+      (y_mkd * gate).reshape(batch, length, d)
+  )
+
+
+def _sharded(
+    experts: Mapping[str, Any], x_btd: jax.Array, routing: Routing, activation: str, mesh: Mesh
+) -> jax.Array:
+  batch, length, d = x_btd.shape
+  k = routing.choice_mk.shape[-1]
+  ways, shards = sharding.batch_ways(mesh), mesh.shape['expert']
+  if batch % ways:
+    raise ValueError(f'batch {batch} does not divide over data x expert = {ways} devices')
+  if num_experts(experts) % shards:
+    raise ValueError(f'{num_experts(experts)} experts do not divide over {shards} devices')
+  own = num_experts(experts) // shards
+
+  def local(experts, x, choice, keep):
+    gather = lambda a: jax.lax.all_gather(a, 'expert', axis=0, tiled=True)
+    x, choice, keep = gather(x), gather(choice), gather(keep)
+    choice = choice - own * jax.lax.axis_index('expert')
+    here = keep & (choice >= 0) & (choice < own)
+    fn = lambda rows, sizes: ffn.expert_ffn(experts, rows, sizes, activation)
+    y = dispatch.apply_experts(x, jnp.where(here, choice, 0), here, own, fn)
+    y = jax.lax.psum(y, 'tensor')
+    return jax.lax.psum_scatter(y, 'expert', scatter_dimension=0, tiled=True)
+
+  column = PartitionSpec('expert', None, 'tensor')
+  row = PartitionSpec('expert', 'tensor', None)
+  specs = {name: row if name == 'wo' else column for name in experts}
+  rows = PartitionSpec(sharding.BATCH_AXES)
+  return jax.shard_map(
+      local, mesh=mesh, in_specs=(specs, rows, rows, rows), out_specs=rows, check_vma=False
+  )(
+      dict(experts),
+      x_btd.reshape(-1, d),
+      routing.choice_mk.reshape(-1, k),
+      routing.keep_mk.reshape(-1, k),
+  )

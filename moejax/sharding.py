@@ -1,0 +1,114 @@
+"""Meshes and where parameters and batches live on them."""
+
+from collections.abc import Mapping, Sequence
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+from moejax import tree
+from moejax.config import MeshConfig
+from moejax.errors import UserError
+
+AXES = ('data', 'expert', 'tensor')
+BATCH_AXES = ('data', 'expert')
+
+# First match wins; each entry names the mesh axis of each array axis.
+PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r'.*/experts/(wi|gate)', ('expert', 'data', 'tensor')),
+    (r'.*/experts/wo', ('expert', 'tensor', 'data')),
+    (r'.*attention/(q|k|v)', ('data', 'tensor', None)),
+    (r'.*attention/o', ('tensor', None, 'data')),
+    (r'.*/ffn/(wi|gate)', ('data', 'tensor')),
+    (r'.*/ffn/wo', ('tensor', 'data')),
+    (r'shared/embedding', ('tensor', 'data')),
+    (r'lm_head/kernel', ('data', 'tensor')),
+    (r'.*', ()),
+)
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """A mesh with axes data, expert, tensor over the given (or all) devices."""
+  devices = list(jax.devices() if devices is None else devices)
+  fixed = config.expert * config.tensor
+  data = config.data if config.data > 0 else len(devices) // fixed
+  need = data * fixed
+  if data < 1 or need > len(devices):
+    raise UserError(
+        f'mesh data={config.data} expert={config.expert} tensor={config.tensor} needs '
+        f'{max(need, fixed)} devices, found {len(devices)}'
+    )
+  grid = np.asarray(devices[:need]).reshape(data, config.expert, config.tensor)
+  return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _fit(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh) -> PartitionSpec:
+  """Drops a mesh axis where it does not divide the array axis."""
+  fitted = [
+      name if name is not None and size % mesh.shape[name] == 0 else None
+      for name, size in zip(axes, shape)
+  ]
+  return PartitionSpec(*fitted)
+
+
+def param_specs(
+    params: Any, mesh: Mesh, rules: Sequence[tuple[str, Sequence[str | None]]] = PARAM_RULES
+) -> dict[str, Any]:
+  """A PartitionSpec for each array of a params tree (shapes suffice).
+
+  A weight node gives its own tree of specs through `node.specs`. Arrays below the rank of their
+  rule, and axes that a mesh axis does not divide, stay replicated.
+  """
+
+  def spec(path: str, leaf: Any) -> Any:
+    if not tree.is_array(leaf):
+      return leaf.specs(mesh)
+    axes = tree.first_match(rules, path)
+    return _fit(axes, leaf.shape, mesh) if len(axes) == leaf.ndim else PartitionSpec()
+
+  return tree.map_paths(spec, params)
+
+
+def param_shardings(params: Any, mesh: Mesh, rules=PARAM_RULES) -> Any:
+  """The same as NamedShardings."""
+  return jax.tree.map(
+      lambda s: NamedSharding(mesh, s),
+      param_specs(params, mesh, rules),
+      is_leaf=lambda s: isinstance(s, PartitionSpec),
+  )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Batches are split over the data and the expert axis."""
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def batch_ways(mesh: Mesh | None) -> int:
+  """Into how many parts a batch is split."""
+  return 1 if mesh is None else math.prod(mesh.shape[a] for a in BATCH_AXES)
+
+
+def constrain_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+  """Keeps the leading axis split over the batch axes."""
+  if mesh is None or x.shape[0] % batch_ways(mesh):
+    return x
+  return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+
+
+def gather_whole(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+  """Asks for every device to hold all of x, as a table that is looked up needs."""
+  if mesh is None:
+    return x
+  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
+
+
+def describe(params: Mapping[str, Any], mesh: Mesh) -> list[str]:
+  """Lines of `path: dtype[shape] @ spec`, for golden files and logs."""
+  specs = tree.flatten(param_specs(params, mesh))
+  return [
+      f'{path}: {leaf.dtype}{list(leaf.shape)} @ {tuple(specs[path])}'
+      for path, leaf in tree.flatten(params).items()
+      if tree.is_array(leaf)
+  ]
