@@ -1,0 +1,163 @@
+"""The optimizer as one optax chain, built from a config; every parameter is covered by a rule."""
+
+from collections.abc import Callable
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+import optax.contrib
+
+from moejax import config as config_lib, errors, tree
+
+SCHEDULES = ('constant', 'cosine', 'linear', 'rsqrt', 'wsd')
+OPTIMIZERS = ('adamw', 'adafactor', 'muon')
+
+
+def schedule(config: config_lib.OptimConfig, steps: int) -> Callable[[Any], jax.Array]:
+  """Learning rate by step: a linear warm-up, then the named decay to `end_fraction` of the peak.
+
+  'rsqrt' is T5's peak * sqrt(warmup / step) (arXiv 1910.10683, section 3.1.2) and has no end.
+
+  Raises:
+    UserError: unknown name, or a warm-up and decay that do not fit into `steps`.
+  """
+  name, peak, warmup = config.schedule, config.learning_rate, config.warmup_steps
+  if name not in SCHEDULES:
+    raise errors.UserError(
+        f'optim.schedule = {name!r}: one of {SCHEDULES}{errors.did_you_mean(name, SCHEDULES)}'
+    )
+  decay = config.decay_steps if name == 'wsd' else steps - warmup
+  if name in ('cosine', 'linear', 'wsd') and (decay < 1 or warmup + decay > steps):
+    raise errors.UserError(
+        f'optim.warmup_steps = {warmup} and a decay of {decay} steps do not fit into '
+        f'train.steps = {steps}'
+    )
+
+  def rate(step):
+    step = jnp.asarray(step, jnp.float32)
+    warm = jnp.minimum((step + 1) / max(warmup, 1), 1.0)
+    left = jnp.clip((steps - step) / max(decay, 1), 0.0, 1.0)
+    if name == 'constant':
+      factor = jnp.float32(1.0)
+    elif name == 'rsqrt':
+      factor = jnp.sqrt(max(warmup, 1) / jnp.maximum(step + 1, max(warmup, 1)))
+    else:
+      shape = 0.5 - 0.5 * jnp.cos(jnp.pi * left) if name == 'cosine' else left
+      factor = config.end_fraction + (1.0 - config.end_fraction) * shape
+    return peak * warm * factor
+
+  return rate
+
+
+def by_rules(rules, params: Any, field: str) -> Any:
+  """A tree of the values of the first rule that matches each path.
+
+  Raises:
+    UserError: a parameter matches no rule; the message names it and the field.
+  """
+
+  def value(path, _):
+    try:
+      return tree.first_match(rules, path)
+    except errors.UserError as error:
+      raise errors.UserError(f'{field}: {error}') from None
+
+  return tree.map_paths(value, params)
+
+
+def decoupled_decay(decay: float, factors: Any) -> optax.GradientTransformation:
+  """Adds decay * factor * parameter to each update (arXiv 1711.05101); stateless."""
+
+  def update(updates, state, params=None):
+    add = lambda u, p, f: u + (decay * f) * p.astype(u.dtype) if f else u
+    return jax.tree.map(add, updates, params, factors), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def scale_by_tree(factors: Any) -> optax.GradientTransformation:
+  """Multiplies each update by its own constant; stateless."""
+  return optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors))
+
+
+def make_optimizer(
+    config: config_lib.OptimConfig, steps: int, params: Any
+) -> optax.GradientTransformation:
+  """Builds the chain: clip by global norm, precondition, decay weights, scale by rate and rules.
+
+  Args:
+    config: what to build. steps: length of the run, for the schedule.
+    params: the parameters or their shapes; only paths and ranks are read.
+
+  Raises:
+    UserError: unknown optimizer or schedule, or a parameter that no rule covers.
+  """
+  decay_factors = by_rules(config.weight_decay_rules, params, 'optim.weight_decay_rules')
+  rate_factors = by_rules(config.learning_rate_rules, params, 'optim.learning_rate_rules')
+  parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
+  parts.append(_preconditioner(config, params))
+  if config.weight_decay > 0:
+    parts.append(decoupled_decay(config.weight_decay, decay_factors))
+  if any(factor != 1.0 for factor in jax.tree.leaves(rate_factors)):
+    parts.append(scale_by_tree(rate_factors))
+  parts.append(optax.scale_by_learning_rate(schedule(config, steps)))
+  return optax.chain(*parts)
+
+
+def _preconditioner(config: config_lib.OptimConfig, params: Any) -> optax.GradientTransformation:
+  adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+  if config.optimizer == 'adamw':
+    return adam
+  if config.optimizer == 'adafactor':
+    # arXiv 1804.04235 as T5 uses it: factored second moment, updates clipped at RMS 1.
+    return optax.chain(
+        optax.scale_by_factored_rms(min_dim_size_to_factor=128), optax.clip_by_block_rms(1.0)
+    )
+  if config.optimizer == 'muon':
+    labels = tree.map_paths(lambda path, _: 'muon' if _muon_axes(path) else 'adam', params)
+    return optax.partition({'muon': _muon(), 'adam': adam}, labels)
+  name = config.optimizer
+  raise errors.UserError(
+      f'optim.optimizer = {name!r}: one of {OPTIMIZERS}{errors.did_you_mean(name, OPTIMIZERS)}'
+  )
+
+
+# (path regex, reduction axes, output axes) of the hidden matrices; other axes are a batch.
+_MUON_RULES = (
+    (r'.*/experts/(wi|wo|gate)', ((1,), (2,))),
+    (r'.*/ffn/(wi|wo|gate)', ((0,), (1,))),
+    (r'.*attention/(q|k|v)', ((0,), (1, 2))),
+    (r'.*attention/o', ((0, 1), (2,))),
+    (r'.*', None),
+)
+
+
+def _muon_axes(path: str) -> Any:
+  return tree.first_match(_MUON_RULES, path)
+
+
+def _muon() -> optax.GradientTransformation:
+  """Muon on hidden matrices, each expert its own, update RMS 0.2 as Adam's (arXiv 2502.16982)."""
+  is_masked = lambda node: isinstance(node, optax.MaskedNode)
+
+  def axes(updates):
+    def one(path, leaf):
+      return leaf if is_masked(leaf) else optax.contrib.MuonDimensionNumbers(*_muon_axes(path))
+
+    return tree.map_paths(one, updates)
+
+  def rescale(updates, _):
+    def one(path, u):
+      if is_masked(u):
+        return u
+      reduction, output = _muon_axes(path)
+      sizes = [math.prod(u.shape[i] for i in group) for group in (reduction, output)]
+      return u * (0.2 * max(sizes) ** 0.5)
+
+    return tree.map_paths(one, updates)
+
+  return optax.chain(
+      optax.contrib.scale_by_muon(weight_dimension_numbers=axes), optax.stateless(rescale)
+  )

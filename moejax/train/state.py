@@ -1,0 +1,77 @@
+"""The state of a run: a step counter, the parameters and the optimizer's own arrays."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import jax.numpy as jnp
+import optax
+
+from moejax import config as config_lib, model, sharding, tree
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+  """step: int32 scalar, optimizer steps done; params: nested dict; opt_state: optax's tree.
+
+  No random key: the key of a step is fold_in(key(seed), step), so a resumed run is the same run.
+  """
+
+  step: jax.Array
+  params: Any
+  opt_state: Any
+
+
+def create(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+  """The state before the first step."""
+  return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
+
+
+def abstract(
+    config: config_lib.ModelConfig, optimizer: optax.GradientTransformation
+) -> TrainState:
+  """The state's shapes and dtypes; nothing is allocated."""
+  return jax.eval_shape(lambda params: create(params, optimizer), model.abstract_params(config))
+
+
+def shardings(state: TrainState, mesh: Mesh) -> TrainState:
+  """A NamedSharding for each array: optimizer arrays lie as the parameter they belong to.
+
+  An optimizer array belongs to the parameter whose path ends its own path and whose shape it has;
+  the others (counts, factored moments) are replicated.
+  """
+  specs = tree.flatten(sharding.param_shardings(state.params, mesh))
+  shapes = {path: leaf.shape for path, leaf in tree.flatten(state.params).items()}
+  replicated = NamedSharding(mesh, PartitionSpec())
+
+  def place(key_path, leaf):
+    names = [str(getattr(key, 'key', getattr(key, 'name', None))) for key in key_path]
+    for i in range(len(names)):
+      path = '/'.join(names[i:])
+      if path in shapes and shapes[path] == leaf.shape:
+        return specs[path]
+    return replicated
+
+  return jax.tree_util.tree_map_with_path(place, state)
+
+
+def init(
+    config: config_lib.ModelConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    seed: int,
+    params: Any = None,
+) -> TrainState:
+  """Makes the state in place on the mesh, from given parameters or from the seed.
+
+  The same seed gives the same parameters on every mesh.
+  """
+  places = shardings(abstract(config, optimizer), mesh)
+  if params is None:
+    make = jax.jit(lambda key: model.init_params(config, key), out_shardings=places.params)
+    params = make(jax.random.key(seed))
+  else:
+    params = jax.device_put(tree.cast_floats(params, jnp.float32), places.params)
+  return jax.jit(lambda p: create(p, optimizer), out_shardings=places)(params)

@@ -1,0 +1,259 @@
+"""The training step and the evaluation step as pure functions of (state, batch)."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import jax.numpy as jnp
+import optax
+
+from moejax import config as config_lib, errors, model, sharding
+from moejax.routing.types import Routing
+from moejax.train import state as state_lib
+
+Batch = Mapping[str, jax.Array]
+Metrics = dict[str, jax.Array]
+COMPUTE_DTYPES = ('float32', 'bfloat16')
+
+
+def cross_entropy(logits_btv: jax.Array, targets_bt: jax.Array) -> jax.Array:
+  """-log softmax(logits)[target], float32 [b, t], in nats."""
+  logits_btv = logits_btv.astype(jnp.float32)
+  picked = jnp.take_along_axis(logits_btv, targets_bt[..., None], axis=-1)[..., 0]
+  return jax.nn.logsumexp(logits_btv, axis=-1) - picked
+
+
+def content_weights(batch: Batch, config: config_lib.ModelConfig, num_sentinels: int) -> jax.Array:
+  """Weights with sentinels and EOS left out: what is left is text, float32 [b, t]."""
+  targets = batch['targets']
+  text = (targets < config.vocab_size - num_sentinels) & (targets != config.eos_id)
+  return batch['weights'] * text
+
+
+def forward(
+    experiment: config_lib.Experiment,
+    params: Any,
+    batch: Batch,
+    *,
+    key: jax.Array | None = None,
+    mesh: Mesh | None = None,
+) -> model.Output:
+  """Applies the model to a batch; with a key in training mode (dropout, router jitter)."""
+  config, train = experiment.model, experiment.train
+  if train.compute_dtype not in COMPUTE_DTYPES:
+    raise errors.UserError(
+        f'train.compute_dtype = {train.compute_dtype!r}: one of {COMPUTE_DTYPES}'
+    )
+  skip_padding = config.moe is not None and config.moe.router_ignore_padding_tokens
+  return model.apply_fn(
+      config,
+      params,
+      batch['encoder_tokens'],
+      batch['decoder_tokens'],
+      encoder_mask=batch['encoder_tokens'] != config.pad_id,
+      decoder_mask=batch['weights'] > 0 if skip_padding else None,
+      train=key is not None,
+      key=key,
+      dtype=jnp.dtype(train.compute_dtype),
+      mesh=mesh,
+      remat=train.remat and key is not None,
+  )
+
+
+def routing_metrics(routings: Mapping[str, Routing]) -> Metrics:
+  """Expert load [e] of each layer, and tokens routed; sums, so that microbatches add up."""
+  metrics: Metrics = {}
+  for path, routing in routings.items():
+    metrics[f'load/{path}'] = routing.load_e.astype(jnp.float32)
+    metrics[f'tokens/{path}'] = jnp.float32(routing.choice_mk.size)
+  return metrics
+
+
+def _finish_routing(metrics: Metrics) -> Metrics:
+  """Turns load sums into shares, their entropy (nats) and the dropped share."""
+  done = {}
+  entropies, dropped = [], []
+  for name, value in metrics.items():
+    kind, _, path = name.partition('/')
+    if kind == 'load':
+      total = value.sum()
+      share = value / jnp.maximum(total, 1.0)
+      done[name] = share
+      done[f'load_entropy/{path}'] = -jnp.sum(share * jnp.log(jnp.maximum(share, 1e-20)))
+      done[f'dropped/{path}'] = 1.0 - total / metrics[f'tokens/{path}']
+      entropies.append(done[f'load_entropy/{path}'])
+      dropped.append(done[f'dropped/{path}'])
+    elif kind != 'tokens':
+      done[name] = value
+  if entropies:
+    done['load_entropy'] = jnp.stack(entropies).mean()
+    done['dropped'] = jnp.stack(dropped).mean()
+  return done
+
+
+def loss_fn(
+    experiment: config_lib.Experiment,
+    params: Any,
+    batch: Batch,
+    key: jax.Array,
+    *,
+    total_weight: jax.Array,
+    parts: int = 1,
+    mesh: Mesh | None = None,
+) -> tuple[jax.Array, Metrics]:
+  """Masked cross-entropy plus the weighted router losses, float32.
+
+  Switch adds alpha * load-balancing loss for each sparse layer (arXiv 2101.03961, eq. 4); the
+  z-loss is ST-MoE's (arXiv 2202.08906, eq. 5). A layer's loss counts in full, not averaged.
+
+  Args:
+    batch: one of `parts` microbatches; `total_weight` is the weight of all of them, so the losses
+      and gradients of the microbatches add up to those of the whole batch.
+  """
+  output = forward(experiment, params, batch, key=key, mesh=mesh)
+  losses = cross_entropy(output.logits_btv, batch['targets'])
+  hits = jnp.argmax(output.logits_btv, axis=-1) == batch['targets']
+  cross = jnp.sum(losses * batch['weights']) / total_weight
+  routings = list(output.routings.values())
+  balance = sum((r.load_balance_loss for r in routings), jnp.float32(0)) / parts
+  z = sum((r.z_loss for r in routings), jnp.float32(0)) / parts
+  loss = cross
+  if experiment.model.moe is not None:
+    moe = experiment.model.moe
+    loss = loss + moe.router_aux_loss_coef * balance + moe.router_z_loss_coef * z
+  metrics = {
+      'loss': loss,
+      'cross_entropy': cross,
+      'load_balance_loss': balance,
+      'z_loss': z,
+      'accuracy': jnp.sum(hits * batch['weights']) / total_weight,
+      **routing_metrics(output.routings),
+  }
+  return loss, metrics
+
+
+def split_batch(batch: Batch, parts: int, mesh: Mesh | None) -> Batch:
+  """[b, ...] -> [parts, b / parts, ...], taking every parts-th row so that shards stay put."""
+
+  def split(x):
+    rows = x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1)
+    if mesh is None:
+      return rows
+    spec = PartitionSpec(None, sharding.BATCH_AXES)
+    return jax.lax.with_sharding_constraint(rows, NamedSharding(mesh, spec))
+
+  return {name: split(x) for name, x in batch.items()}
+
+
+def gradients(
+    experiment: config_lib.Experiment, params: Any, batch: Batch, key: jax.Array, mesh: Mesh | None
+) -> tuple[Any, Metrics]:
+  """Gradients and summed metrics of a batch, over `train.accumulate` microbatches in turn."""
+  parts = experiment.train.accumulate
+  total = jnp.maximum(jnp.sum(batch['weights']), 1.0)
+
+  def one(params, micro, key):
+    fn = lambda p: loss_fn(
+        experiment, p, micro, key, total_weight=total, parts=parts, mesh=mesh
+    )
+    (_, metrics), grads = jax.value_and_grad(fn, has_aux=True)(params)
+    return grads, metrics
+
+  if parts == 1:
+    return one(params, batch, key)
+  micro = split_batch(batch, parts, mesh)
+  shapes = jax.eval_shape(one, params, jax.tree.map(lambda x: x[0], micro), key)
+  zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
+
+  def body(carry, inputs):
+    index, rows = inputs
+    new = one(params, rows, jax.random.fold_in(key, index))
+    return jax.tree.map(jnp.add, carry, new), None
+
+  return jax.lax.scan(body, zeros, (jnp.arange(parts), micro))[0]
+
+
+def train_step(
+    experiment: config_lib.Experiment,
+    optimizer: optax.GradientTransformation,
+    state: state_lib.TrainState,
+    batch: Batch,
+    mesh: Mesh | None = None,
+) -> tuple[state_lib.TrainState, Metrics]:
+  """One optimizer step; its key is fold_in(key(train.seed), step)."""
+  key = jax.random.fold_in(jax.random.key(experiment.train.seed), state.step)
+  grads, metrics = gradients(experiment, state.params, batch, key, mesh)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  metrics = _finish_routing(metrics)
+  metrics['grad_norm'] = optax.global_norm(grads)
+  metrics['param_norm'] = optax.global_norm(params)
+  metrics['target_tokens'] = jnp.sum(batch['weights'])
+  new = state_lib.TrainState(step=state.step + 1, params=params, opt_state=opt_state)
+  return new, metrics
+
+
+def eval_step(
+    experiment: config_lib.Experiment, params: Any, batch: Batch, mesh: Mesh | None = None
+) -> Metrics:
+  """Sums over a batch, without dropout: divide by `weight` and `content_weight` at the end."""
+  output = forward(experiment, params, batch, mesh=mesh)
+  losses = cross_entropy(output.logits_btv, batch['targets'])
+  hits = jnp.argmax(output.logits_btv, axis=-1) == batch['targets']
+  content = content_weights(batch, experiment.model, experiment.data.num_sentinels)
+  return {
+      'loss': jnp.sum(losses * batch['weights']),
+      'accuracy': jnp.sum(hits * batch['weights']),
+      'weight': jnp.sum(batch['weights']),
+      'content_loss': jnp.sum(losses * content),
+      'content_accuracy': jnp.sum(hits * content),
+      'content_weight': jnp.sum(content),
+      **routing_metrics(output.routings),
+  }
+
+
+def summarize_eval(sums: Mapping[str, Any]) -> Metrics:
+  """Means from the summed `eval_step` metrics of several batches."""
+  names = {'loss': 'weight', 'accuracy': 'weight'}
+  names |= {'content_loss': 'content_weight', 'content_accuracy': 'content_weight'}
+  means = {name: sums[name] / jnp.maximum(sums[weight], 1.0) for name, weight in names.items()}
+  return {**means, **_finish_routing({k: v for k, v in sums.items() if '/' in k})}
+
+
+def check_batch(experiment: config_lib.Experiment, mesh: Mesh) -> None:
+  """Raises UserError unless the batch divides over microbatches and devices."""
+  size, parts = experiment.train.batch_size, experiment.train.accumulate
+  ways = sharding.batch_ways(mesh)
+  if parts < 1 or size % (parts * ways):
+    raise errors.UserError(
+        f'train.batch_size = {size} must be a multiple of train.accumulate x data x expert = '
+        f'{parts} x {mesh.shape["data"]} x {mesh.shape["expert"]}'
+    )
+
+
+def jit_train_step(
+    experiment: config_lib.Experiment,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    places: state_lib.TrainState,
+) -> Callable[[state_lib.TrainState, Batch], tuple[state_lib.TrainState, Metrics]]:
+  """`train_step` compiled for a mesh, the state donated and kept where `places` says."""
+  check_batch(experiment, mesh)
+  return jax.jit(
+      lambda state, batch: train_step(experiment, optimizer, state, batch, mesh),
+      in_shardings=(places, sharding.batch_sharding(mesh)),
+      out_shardings=(places, NamedSharding(mesh, PartitionSpec())),
+      donate_argnums=0,
+  )
+
+
+def jit_eval_step(
+    experiment: config_lib.Experiment, mesh: Mesh, places: state_lib.TrainState
+) -> Callable[[Any, Batch], Metrics]:
+  """`eval_step` compiled for a mesh."""
+  return jax.jit(
+      lambda params, batch: eval_step(experiment, params, batch, mesh),
+      in_shardings=(places.params, sharding.batch_sharding(mesh)),
+      out_shardings=NamedSharding(mesh, PartitionSpec()),
+  )
