@@ -1,0 +1,149 @@
+"""Hugging Face config.json against ours, by a whitelist: no field is passed over unread."""
+
+from collections.abc import Mapping
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from moejax import files
+from moejax.config import ACTIVATIONS
+from moejax.errors import UserError, did_you_mean
+
+# Fields with no bearing on what the model computes.
+HARMLESS = frozenset((
+    'architectures', 'transformers_version', 'torch_dtype', 'dtype', 'use_cache', '_name_or_path',
+    'output_attentions', 'output_hidden_states', 'output_past', 'output_router_logits',
+    'output_scores', 'return_dict', 'return_dict_in_generate', 'id2label', 'label2id',
+    'num_labels', 'problem_type', 'chunk_size_feed_forward', 'bos_token_id', 'sep_token_id',
+    'task_specific_params', 'n_positions', 'gradient_checkpointing', 'finetuning_task', 'prefix',
+    'tokenizer_class', 'tf_legacy_loss', 'use_bfloat16', 'torchscript', 'classifier_dropout',
+    'forced_bos_token_id', 'forced_eos_token_id', 'suppress_tokens', 'begin_suppress_tokens',
+    'max_length', 'min_length', 'do_sample', 'early_stopping', 'num_beams', 'num_beam_groups',
+    'diversity_penalty', 'temperature', 'top_k', 'top_p', 'typical_p', 'repetition_penalty',
+    'length_penalty', 'no_repeat_ngram_size', 'encoder_no_repeat_ngram_size', 'bad_words_ids',
+    'num_return_sequences', 'remove_invalid_values', 'exponential_decay_length_penalty',
+    'add_router_probs', 'router_ignore_padding_tokens', 'router_type', 'batch_prioritized_routing',
+    'add_cross_attention', 'cross_attention_hidden_size', 'attn_implementation',
+    '_attn_implementation_autoset', 'tie_encoder_decoder',
+))
+# Fields that must have one value for moejax to compute the same.
+FIXED: Mapping[str, tuple[Any, ...]] = {
+    'is_encoder_decoder': (True,), 'is_decoder': (False,), 'quantization_config': (None,),
+    'pruned_heads': ({}, None), 'router_dtype': ('float32',),
+}
+# Hugging Face field -> ours, of the plain ones.
+PLAIN: Mapping[str, str] = {
+    'vocab_size': 'vocab_size', 'd_model': 'd_model', 'd_kv': 'd_kv', 'd_ff': 'd_ff',
+    'num_heads': 'num_heads', 'num_layers': 'num_layers',
+    'relative_attention_num_buckets': 'relative_attention_num_buckets',
+    'relative_attention_max_distance': 'relative_attention_max_distance',
+    'layer_norm_epsilon': 'norm_eps', 'dropout_rate': 'dropout_rate',
+    'initializer_factor': 'initializer_factor',
+}
+_ALIASES = {
+    'hidden_size': 'd_model', 'num_attention_heads': 'num_heads', 'num_hidden_layers': 'num_layers',
+    'head_dim': 'd_kv',
+}
+_ACTIVATIONS = {**{a: a for a in ACTIVATIONS}, 'swish': 'silu', 'gelu_pytorch_tanh': 'gelu_new'}
+
+
+class Fields:
+  """The fields of one config.json, each taken once; what is left at the end is an error."""
+
+  def __init__(self, values: Mapping[str, Any], where: Path | str):
+    self.where = where
+    self._left = {_ALIASES.get(name, name): value for name, value in values.items()}
+    self._known: set[str] = set()
+
+  def take(self, name: str, default: Any, *kinds: type) -> Any:
+    """Removes and returns a field; `kinds` are the JSON types it may have."""
+    self._known.add(name)
+    value = self._left.pop(name, default)
+    is_bool = isinstance(value, bool)
+    if kinds and (not isinstance(value, kinds) or (is_bool and bool not in kinds)):
+      expected = ' or '.join('null' if k is type(None) else k.__name__ for k in kinds)
+      raise UserError(f'{self.where}: {name} = {value!r}: expected {expected}')
+    return value
+
+  def plain(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that only change their name, and the special tokens."""
+    kwargs = {}
+    for theirs, ours in PLAIN.items():
+      default = defaults[theirs]
+      kinds = (int,) if isinstance(default, int) else (int, float)
+      kwargs[ours] = self.take(theirs, default, *kinds)
+    for ours in ('norm_eps', 'dropout_rate', 'initializer_factor'):
+      kwargs[ours] = float(kwargs[ours])
+    kwargs['num_decoder_layers'] = self.take(
+        'num_decoder_layers', defaults['num_decoder_layers'], int, type(None)
+    )
+    if kwargs['num_decoder_layers'] is None:
+      kwargs['num_decoder_layers'] = kwargs['num_layers']
+    pad = self.take('pad_token_id', 0, int, type(None))
+    kwargs['pad_id'] = 0 if pad is None else pad
+    eos = self.take('eos_token_id', 1, int, list, type(None))
+    if isinstance(eos, list) and len(eos) != 1:
+      raise UserError(f'{self.where}: eos_token_id = {eos!r}: moejax has one end-of-sequence id')
+    eos = eos[0] if isinstance(eos, list) else eos
+    kwargs['eos_id'] = 1 if eos is None else eos
+    start = self.take('decoder_start_token_id', None, int, type(None))
+    kwargs['decoder_start_id'] = kwargs['pad_id'] if start is None else start
+    return kwargs
+
+  def activation(self, name: str) -> str:
+    """Our name of a Hugging Face activation; an unknown one raises UserError."""
+    if name not in _ACTIVATIONS:
+      raise UserError(
+          f'{self.where}: unknown activation {name!r}; moejax has {", ".join(ACTIVATIONS)}'
+          f'{did_you_mean(str(name), _ACTIVATIONS)}'
+      )
+    return _ACTIVATIONS[name]
+
+  def finish(self) -> None:
+    """Raises UserError for a field that was not taken and is not known to be harmless."""
+    for name, allowed in FIXED.items():
+      value = self._left.pop(name, allowed[0])
+      if value not in allowed:
+        raise UserError(f'{self.where}: {name} = {value!r}: moejax computes only {allowed[0]!r}')
+    unknown = sorted(set(self._left) - HARMLESS)
+    if unknown:
+      known = {*self._known, *HARMLESS, *FIXED}
+      raise UserError(
+          f'{self.where}: unknown field {unknown[0]!r}{did_you_mean(unknown[0], known)}: it may '
+          'change what the model computes; correct its name, or remove it'
+      )
+
+
+@dataclasses.dataclass(frozen=True)
+class Parsed:
+  """A config.json that has been read: its model_type and its fields."""
+
+  model_type: str
+  fields: Fields
+  values: Mapping[str, Any]
+
+
+def read(folder: Path, model_types: tuple[str, ...]) -> Parsed:
+  """Reads config.json and checks its model_type; anything wrong raises UserError."""
+  where = folder / 'config.json'
+  values = files.read_json(where)
+  fields = Fields(values, where)
+  kind = fields.take('model_type', None)
+  if kind is None:
+    raise UserError(f'{where} has no model_type: expected one of {", ".join(model_types)}')
+  if kind not in model_types:
+    raise UserError(
+        f'{where}: unknown model family, model_type = {kind!r}; moejax converts '
+        f'{", ".join(model_types)}{did_you_mean(str(kind), model_types)}'
+    )
+  return Parsed(kind, fields, values)
+
+
+def plain_values(config: Any) -> dict[str, Any]:
+  """Our plain settings under their Hugging Face names."""
+  return {
+      **{theirs: getattr(config, ours) for theirs, ours in PLAIN.items()},
+      'num_decoder_layers': config.num_decoder_layers, 'pad_token_id': config.pad_id,
+      'eos_token_id': config.eos_id, 'decoder_start_token_id': config.decoder_start_id,
+      'is_encoder_decoder': True,
+  }

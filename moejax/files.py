@@ -1,0 +1,176 @@
+"""Folders that appear whole or not at all, checksums, JSON files, OS errors in one clear line."""
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import errno
+import fnmatch
+import hashlib
+import json
+import os
+from pathlib import Path
+import shutil
+import socket
+from typing import Any
+import uuid
+
+from moejax.errors import UserError
+
+TOKENIZER_FILES = (
+    'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json',
+    'spiece.model', 'vocab.json', 'merges.txt', 'generation_config.json',
+)
+# What a model folder may hold; a folder with anything else in it is never replaced.
+REPLACEABLE = (
+    'config.json', 'manifest.json', '*.safetensors', '*.safetensors.index.json',
+    'report.json', 'report.html', 'plan.json', *TOKENIZER_FILES,
+)
+_REMEDIES = {
+    errno.ENOSPC: 'the disk is full: free some space, or choose another folder',
+    errno.EDQUOT: 'the disk quota is used up: free some space, or choose another folder',
+    errno.EFBIG: 'the file is larger than this system allows: choose another file system',
+    errno.EACCES: 'not writable: choose another folder, or change its permissions',
+    errno.EPERM: 'not writable: choose another folder, or change its permissions',
+    errno.EROFS: 'the file system is read-only: choose another folder',
+    errno.ENOTDIR: 'a part of this path is a file, not a folder: choose another folder',
+    errno.ENOENT: 'the folder cannot be made there: choose another one',
+}
+
+
+def os_error(target: Path | str, error: OSError) -> UserError:
+  """Turns an OSError met while writing below `target` into a one-line UserError."""
+  remedy = _REMEDIES.get(error.errno or 0, f'{error.strerror or error}')
+  return UserError(f'cannot write {target}: {remedy} (nothing half-written was left)')
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path | str) -> Iterator[Path]:
+  """Yields a temporary sibling folder that becomes `target` when the block ends well.
+
+  Whatever goes wrong inside, the temporary folder is removed and `target` stays as it was. An
+  earlier model folder at `target` is replaced; a folder that holds anything else is refused.
+
+  Raises:
+    UserError: the target cannot be written (full disk, permissions), or must not be replaced.
+  """
+  target = Path(target).absolute()
+  _check_replaceable(target)
+  prefix = f'.{target.name}.partial-{socket.gethostname()}-'
+  partial = target.parent / f'{prefix}{os.getpid()}-{uuid.uuid4().hex[:8]}'
+  try:
+    try:
+      target.parent.mkdir(parents=True, exist_ok=True)
+      _clear_stale(target, prefix)
+      partial.mkdir()
+      yield partial
+      for file in partial.rglob('*'):
+        _sync(file)
+      _sync(partial)
+      _swap_in(partial, target)
+    except OSError as error:
+      raise os_error(target, error) from error
+  finally:
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _check_replaceable(target: Path) -> None:
+  try:
+    if not target.exists():
+      return
+  except OSError as error:
+    raise os_error(target, error) from error
+  if not target.is_dir():
+    raise UserError(f'{target} is a file: name a folder to write to')
+  for entry in sorted(target.iterdir()):
+    if entry.is_dir() or not any(fnmatch.fnmatch(entry.name, p) for p in REPLACEABLE):
+      raise UserError(
+          f'{target} holds {entry.name!r}, which is no part of a model folder: '
+          'name a new or empty folder'
+      )
+
+
+def _clear_stale(target: Path, prefix: str) -> None:
+  """Removes what a killed process of this machine left; a model it had moved aside goes back."""
+  for entry in sorted(target.parent.glob(prefix + '*')):
+    pid = entry.name[len(prefix):].split('-')[0]
+    if not pid.isdigit() or _alive(int(pid)):
+      continue
+    if entry.name.endswith('-old') and not target.exists():
+      entry.rename(target)
+    else:
+      shutil.rmtree(entry, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+  try:
+    os.kill(pid, 0)
+  except ProcessLookupError:
+    return False
+  except PermissionError:
+    return True
+  return True
+
+
+def _sync(path: Path) -> None:
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)
+
+
+def _swap_in(partial: Path, target: Path) -> None:
+  if not target.exists():
+    partial.rename(target)
+    return
+  old = partial.with_name(partial.name + '-old')
+  target.rename(old)
+  try:
+    partial.rename(target)
+  except OSError:
+    old.rename(target)
+    raise
+  shutil.rmtree(old, ignore_errors=True)
+
+
+def sha256(path: Path) -> str:
+  """The SHA-256 of a file, as hex."""
+  with open(path, 'rb') as f:
+    return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+  """Reads a JSON object; a missing or broken file raises UserError."""
+  try:
+    text = path.read_bytes()
+  except OSError as error:
+    raise UserError(f'cannot read {path}: {error.strerror}; is the folder complete?') from error
+  try:
+    value = json.loads(text)
+  except ValueError as error:
+    raise UserError(f'{path} is not valid JSON ({error}): restore or download it again') from error
+  if not isinstance(value, dict):
+    raise UserError(f'{path} holds no JSON object: restore or download it again')
+  return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+  """Writes a JSON object, the same bytes for the same value."""
+  path.write_text(json.dumps(value, indent=2, sort_keys=True) + '\n')
+
+
+def copy_tokenizer(source: Path | str, target: Path) -> list[str]:
+  """Copies the tokenizer files that `source` has; returns their names."""
+  names = [name for name in TOKENIZER_FILES if (Path(source) / name).is_file()]
+  for name in names:
+    shutil.copyfile(Path(source) / name, target / name)
+  return names
+
+
+def require_folder(folder: Path | str) -> Path:
+  """The folder as a Path; raises UserError when there is none."""
+  folder = Path(folder)
+  if not folder.exists():
+    raise UserError(f'{folder} does not exist: name a model folder')
+  if not folder.is_dir():
+    raise UserError(f'{folder} is a file, not a folder: name the folder that holds config.json')
+  return folder
