@@ -234,13 +234,17 @@ def decode_blocks(
 
 
 def check_blocks(
-    words: np.ndarray, counts: np.ndarray, sizes: np.ndarray, table: tunstall.Table
+    words: np.ndarray, counts: np.ndarray, sizes: np.ndarray, table: tunstall.Table,
+    name: str = 'matrix',
 ) -> None:
   """Raises UserError unless each block's codewords fill it, the last one reaching its end."""
-  if words.size and int(words.max()) >= tunstall.CODEWORDS:
-    raise UserError(f'codeword {int(words.max())} is not in the table; the file is damaged')
   if counts.size == 0 or counts.min() < 1 or counts.sum() != words.size:
-    raise UserError(f'{words.size} codewords for blocks of {counts.tolist()[:4]} ...: damaged')
+    raise UserError(
+        f'{name}: {words.size} codewords for blocks of {counts.tolist()[:4]} ...; codes are '
+        'truncated or offsets damaged; restore the file'
+    )
+  if int(words.max()) >= tunstall.CODEWORDS:
+    raise UserError(f'{name}: codeword {int(words.max())} is in no table; restore the file')
   length = table.length_u[words].astype(np.int64)
   firsts = np.concatenate([[0], np.cumsum(counts)])[:-1]
   covered = np.add.reduceat(length, firsts)
@@ -248,6 +252,6 @@ def check_blocks(
   bad = np.flatnonzero((covered < sizes) | (covered - last >= sizes))
   if bad.size:
     raise UserError(
-        f'block {bad[0]}: codewords stand for {covered[bad[0]]} weights, the block has '
-        f'{sizes[bad[0]]}; codes and offsets do not belong together'
+        f'{name}, block {bad[0]}: codewords stand for {covered[bad[0]]} weights, the block has '
+        f'{sizes[bad[0]]}; codes and offsets do not belong together; restore the file'
     )

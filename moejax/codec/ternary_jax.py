@@ -1,0 +1,129 @@
+"""Decoding the `moejax` ternary format under jit, on any backend: one matrix at a time.
+
+A codeword is a length and a few (position, sign) nonzeros, so the work is a prefix sum of lengths
+and one scatter of the nonzeros into zeros: it follows the codewords, not the weights.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.codec import tunstall
+
+_CHUNK = 32
+
+
+class DecodeTable(NamedTuple):
+  """A `tunstall.Table` packed for gathers, with an empty entry for the unused codeword.
+
+  length_u int32 [65536]; fields_ju uint32 [j, 65536], each holding 32 // bits fields
+  (position << 1 | is high) from the low end, all ones where there is no nonzero.
+  """
+
+  length_u: np.ndarray
+  fields_ju: np.ndarray
+  bits: int
+
+
+@functools.cache
+def decode_table(design: int) -> DecodeTable:
+  """The packed table of a design id: 8-bit fields where lengths allow, else 16-bit ones."""
+  table = tunstall.table(design)
+  bits = 8 if table.max_length <= 127 else 16
+  none = (1 << bits) - 1
+  spare = 2**tunstall.CODEWORD_BITS - tunstall.CODEWORDS
+  nonzeros = table.nonzeros_uk.astype(np.uint32)
+  nonzeros[nonzeros == tunstall.DROPPED] = none
+  per_word = 32 // bits
+  missing = -nonzeros.shape[1] % per_word
+  nonzeros = np.pad(nonzeros, ((0, spare), (0, missing)), constant_values=none)
+  shifts = np.arange(per_word, dtype=np.uint32) * np.uint32(bits)
+  fields = (nonzeros.reshape(len(nonzeros), -1, per_word) << shifts).sum(-1, dtype=np.uint32)
+  length = np.pad(table.length_u, (0, spare))
+  return DecodeTable(length, np.ascontiguousarray(fields.T), bits)
+
+
+def exclusive_sums(x_w: jax.Array) -> jax.Array:
+  """Sums of all entries before each, int32 [w]; entries at most 2^19, so chunks are exact."""
+  n = x_w.shape[0]
+  chunks = jnp.pad(x_w, (0, -n % _CHUNK)).reshape(-1, _CHUNK)
+  before = jnp.asarray(np.triu(np.ones((_CHUNK, _CHUNK), np.float32), 1))
+  inside = jnp.dot(
+      chunks.astype(jnp.float32), before, precision=jax.lax.Precision.HIGHEST
+  ).astype(jnp.int32)
+  total = chunks.sum(axis=1)
+  start = jnp.cumsum(total) - total
+  return (inside + start[:, None]).reshape(-1)[:n]
+
+
+def decode_matrix(
+    words_sw: jax.Array, shard: jax.Array, offsets_b: jax.Array, design_index: jax.Array,
+    *, designs: tuple[int, ...], rows: int, cols: int, block_rows: int, max_words: int,
+) -> jax.Array:
+  """Ternary values {-1, 0, 1} of one matrix, int8 [rows, cols].
+
+  Args:
+    words_sw: uint16 [shards, w] codewords.
+    shard: traced index of the row of words_sw that holds the matrix.
+    offsets_b: uint32 [blocks + 1], first word of each block, and the end.
+    design_index: traced position of the matrix's table in `designs`.
+    designs: table ids in use, static.
+    rows, cols, block_rows: static sizes.
+    max_words: static bound on the codewords of a matrix, at most w.
+  """
+  decode = functools.partial(
+      _decode, rows=rows, cols=cols, block_rows=block_rows, max_words=max_words
+  )
+  branches = [functools.partial(decode, design=d) for d in designs]
+  args = (words_sw, shard, offsets_b.astype(jnp.int32))
+  if len(branches) == 1:
+    return branches[0](*args)
+  return jax.lax.switch(design_index.astype(jnp.int32), branches, *args)
+
+
+def _decode(words_sw, shard, offsets_b, *, design, rows, cols, block_rows, max_words):
+  table = decode_table(design)
+  first = jnp.minimum(offsets_b[0], words_sw.shape[1] - max_words)
+  zero = jnp.zeros((), first.dtype)
+  words = jax.lax.dynamic_slice(
+      words_sw, (shard.astype(first.dtype) + zero, first), (1, max_words)
+  )[0].astype(jnp.int32)
+  offsets_b = offsets_b - first
+  index = jnp.arange(max_words)
+  own = (index >= offsets_b[0]) & (index < offsets_b[-1])
+  length = jnp.where(own, jnp.asarray(table.length_u).at[words].get(mode='clip'), 0)
+  # A block's last codeword may run past the block: take what it overshoots from its length.
+  start = exclusive_sums(length)
+  ends = start.at[offsets_b[1:] - 1].get(mode='clip') + length.at[offsets_b[1:] - 1].get(
+      mode='clip'
+  )
+  blocks = offsets_b.shape[0] - 1
+  sizes = jnp.full(blocks, block_rows * cols).at[-1].set(
+      (rows - (blocks - 1) * block_rows) * cols
+  )
+  over = ends - jnp.append(0, ends[:-1]) - sizes
+  start = exclusive_sums(length.at[offsets_b[1:] - 1].add(-over, mode='drop'))
+  outside = rows * cols
+  places, values = [], []
+  none = (1 << table.bits) - 1
+  for fields_u in table.fields_ju:
+    fields = jnp.asarray(fields_u).at[words].get(mode='clip')
+    for shift in range(0, 32, table.bits):
+      field = ((fields >> shift) & none).astype(jnp.int32)
+      used = own & (field != none)
+      places.append(jnp.where(used, start + (field >> 1), outside))
+      values.append((2 * (field & 1) - 1).astype(jnp.int8))
+  flat = jnp.zeros(rows * cols, jnp.int8)
+  return flat.at[jnp.concatenate(places)].set(
+      jnp.concatenate(values), mode='drop', unique_indices=True
+  ).reshape(rows, cols)
+
+
+def apply_levels(ternary_rc: jax.Array, levels_r2: jax.Array) -> jax.Array:
+  """low where -1, high where 1, else 0: [rows, cols] in the levels' dtype."""
+  low, high = levels_r2[:, :1], levels_r2[:, 1:]
+  zero = jnp.zeros((), levels_r2.dtype)
+  return jnp.where(ternary_rc > 0, high, jnp.where(ternary_rc < 0, low, zero))

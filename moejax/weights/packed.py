@@ -1,0 +1,117 @@
+"""Packed: 2-, 3- and 4-bit weights with a scale and a zero for each output unit or group."""
+
+import dataclasses
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from moejax.codec import packing
+from moejax.errors import UserError
+from moejax.weights import base
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Packed(base.WeightNode):
+  """Weights scale * (symbol - zero), symbols in 0 .. 2^width - 1.
+
+  Attributes:
+    words: uint32 [e, rows, w], see `codec.packing`.
+    scale, zero: bf16 or float32 [e, rows, groups]; group j covers inputs j * group_size and on.
+    cols: d. width: bits of a symbol, 2, 3 or 4.
+    group_size: inputs that share scale and zero; 0 for the whole row.
+    single: whether the weight is [d, f], with e = 1.
+  """
+
+  words: Any
+  scale: Any
+  zero: Any
+  cols: int = base.static_field()
+  width: int = base.static_field()
+  group_size: int = base.static_field(default=0)
+  single: bool = base.static_field(default=False)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Logical shape, [e, d, f] or [d, f]."""
+    e, rows, _ = self.words.shape
+    return (self.cols, rows) if self.single else (e, self.cols, rows)
+
+  @classmethod
+  def from_symbols(
+      cls, symbols: np.ndarray, scale: np.ndarray, zero: np.ndarray, *, bits: int,
+      group_size: int = 0, level_dtype: Any = ml_dtypes.bfloat16,
+  ) -> Self:
+    """Packs symbols on the host.
+
+    Args:
+      symbols: integers [e, rows, cols] or [rows, cols] in 0 .. 2^bits - 1.
+      scale, zero: [e, rows, groups] ([rows, groups]), or without the last axis for whole rows;
+        rounded to level_dtype.
+      bits: 2, 3 or 4.
+      group_size: inputs that share a scale; 0 for the whole row.
+      level_dtype: bfloat16 or float32.
+
+    Raises:
+      UserError: symbols do not fit the width, or shapes contradict each other.
+    """
+    symbols, single = base.rows_symbols(symbols)
+    e, rows, cols = symbols.shape
+    base.require(bits in packing.FIELDS, f'bits = {bits!r}: one of 2, 3, 4')
+    levels = [np.asarray(a) for a in (scale, zero)]
+    groups = _groups(cols, group_size)
+    for name, a in zip(('scale', 'zero'), levels):
+      base.require(
+          a.size == e * rows * groups,
+          f'{name} has shape {a.shape}, {e} experts of {rows} rows in {groups} groups need '
+          f'{[e, rows, groups]}',
+      )
+    try:
+      words = packing.pack(symbols, bits)
+    except ValueError as error:
+      raise UserError(str(error)) from error
+    scale, zero = (a.reshape(e, rows, groups).astype(level_dtype) for a in levels)
+    node = cls(
+        words=words, scale=scale, zero=zero, cols=cols, width=bits, group_size=group_size,
+        single=single,
+    )
+    node.validate()
+    return node
+
+  def symbols(self) -> np.ndarray:
+    """The symbols again, uint8 [e, rows, cols] or [rows, cols]."""
+    out = np.asarray(packing.unpack(self.words, self.cols, self.width)).astype(np.uint8)
+    return out[0] if self.single else out
+
+  def validate(self) -> None:
+    base.require(
+        self.width in packing.FIELDS, f'Packed.width = {self.width!r}: one of 2, 3, 4'
+    )
+    base.require(
+        self.cols >= 1 and self.group_size >= 0,
+        f'Packed: cols = {self.cols}, group_size = {self.group_size}',
+    )
+    words = packing.words_per_row(self.cols, self.width)
+    base.require_array(self, 'words', (np.uint32,), (None, None, words))
+    e, rows, _ = self.words.shape
+    groups = _groups(self.cols, self.group_size)
+    for name in ('scale', 'zero'):
+      base.require_array(self, name, (ml_dtypes.bfloat16, np.float32), (e, rows, groups))
+    base.require(e >= 1 and (e == 1 or not self.single), f'Packed holds {e} experts')
+
+  def expert_rows(self, i: jax.Array | int, dtype: Any) -> jax.Array:
+    pick = lambda a: jax.lax.dynamic_index_in_dim(jnp.asarray(a), i, 0, keepdims=False)
+    symbols = packing.unpack(pick(self.words), self.cols, self.width).astype(jnp.float32)
+    scale, zero = pick(self.scale).astype(jnp.float32), pick(self.zero).astype(jnp.float32)
+    if self.group_size:
+      scale, zero = (
+          jnp.repeat(a, self.group_size, axis=1)[:, : self.cols] for a in (scale, zero)
+      )
+    return (scale * (symbols - zero)).astype(dtype)
+
+
+def _groups(cols: int, group_size: int) -> int:
+  return -(-cols // group_size) if group_size else 1

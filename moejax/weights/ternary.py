@@ -1,0 +1,185 @@
+"""Ternary: weights in {low, 0, high} of their output unit, in the `moejax` codec."""
+
+import dataclasses
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+
+from moejax.codec import ternary, ternary_jax, tunstall
+from moejax.weights import base
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Ternary(base.WeightNode):
+  """Ternary experts below one bit a weight; see `codec.ternary` for the format.
+
+  Attributes:
+    words: uint16 [s, w] codewords; shard i of s holds the i-th share of the experts. Stored with
+      s = 1; `sharded` makes more.
+    offsets: uint32 [e, blocks + 1] first word of each block of rows within its shard.
+    design: uint8 [e] table id of each expert.
+    levels: bf16 or float32 [e, rows, 2], low and high of each output unit.
+    rows, cols: f and d.
+    block_rows: rows that share an offset.
+    max_words: codewords of the longest expert.
+    designs: the table ids in use.
+    single: whether the weight is [d, f], with e = 1.
+  """
+
+  words: Any
+  offsets: Any
+  design: Any
+  levels: Any
+  rows: int = base.static_field()
+  cols: int = base.static_field()
+  block_rows: int = base.static_field()
+  max_words: int = base.static_field()
+  designs: tuple[int, ...] = base.static_field()
+  single: bool = base.static_field(default=False)
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Logical shape, [e, d, f] or [d, f]."""
+    one = (self.cols, self.rows)
+    return one if self.single else (self.design.shape[0], *one)
+
+  @classmethod
+  def from_symbols(
+      cls, symbols: np.ndarray, levels: np.ndarray, *, block_rows: int | None = None,
+      level_dtype: Any = ml_dtypes.bfloat16,
+  ) -> Self:
+    """Encodes symbols on the host.
+
+    Args:
+      symbols: integers [e, rows, cols] or [rows, cols]: 0 zero, 1 low, 2 high.
+      levels: [e, rows, 2] or [rows, 2], low and high; rounded to level_dtype.
+      block_rows: rows that share an offset; None for the default.
+      level_dtype: bfloat16 or float32.
+
+    Raises:
+      UserError: a symbol is not ternary, or shapes do not fit.
+    """
+    symbols, single = base.rows_symbols(symbols)
+    levels = np.asarray(levels).reshape((1, *np.shape(levels)) if single else np.shape(levels))
+    encoded = ternary.encode(symbols, block_rows=block_rows)
+    _, rows, cols = symbols.shape
+    node = cls(
+        words=encoded.words_w[None],
+        offsets=encoded.offsets_eb,
+        design=encoded.design_e,
+        levels=levels.astype(level_dtype),
+        rows=rows,
+        cols=cols,
+        block_rows=encoded.block_rows,
+        max_words=_longest(encoded.offsets_eb),
+        designs=tuple(int(d) for d in np.unique(encoded.design_e)),
+        single=single,
+    )
+    node._check_structure()
+    return node
+
+  def encoded(self) -> ternary.Encoded:
+    """The codec's view of the arrays, on the host, in one shard."""
+    whole = self.sharded(1)
+    return ternary.Encoded(
+        words_w=np.asarray(whole.words)[0], offsets_eb=np.asarray(whole.offsets),
+        design_e=np.asarray(whole.design), block_rows=self.block_rows,
+        shape=(self.design.shape[0], self.rows, self.cols),
+    )
+
+  def symbols(self) -> np.ndarray:
+    """The symbols again, uint8 [e, rows, cols] or [rows, cols], decoded on the host."""
+    out = ternary.decode(self.encoded())
+    return out[0] if self.single else out
+
+  def sharded(self, shards: int) -> Self:
+    """The node with its experts' codewords in `shards` rows of equal length (host arrays)."""
+    e, now = self.design.shape[0], self.words.shape[0]
+    if shards == now:
+      return self
+    base.require(e % shards == 0, f'{e} experts do not split into {shards} shards')
+    words, offsets = np.asarray(self.words), np.asarray(self.offsets)
+    pieces = [words[i * now // e, o[0] : o[-1]] for i, o in enumerate(offsets)]
+    rows = [np.concatenate(p) for p in np.split(np.asarray(pieces, object), shards)]
+    longest = max(r.size for r in rows)
+    sizes = offsets[:, -1] - offsets[:, 0]
+    starts = np.cumsum(sizes.reshape(shards, -1), axis=1).reshape(-1) - sizes
+    return dataclasses.replace(
+        self,
+        words=np.stack([np.pad(r.astype(np.uint16), (0, longest - r.size)) for r in rows]),
+        offsets=(offsets - offsets[:, :1] + starts[:, None]).astype(np.uint32),
+    )
+
+  def _check_structure(self) -> None:
+    e, blocks = self.design.shape[0], -(-self.rows // self.block_rows)
+    base.require_array(self, 'words', (np.uint16,), (None, None))
+    base.require_array(self, 'offsets', (np.uint32,), (e, blocks + 1))
+    base.require_array(self, 'design', (np.uint8,), (None,))
+    base.require_array(
+        self, 'levels', (ml_dtypes.bfloat16, np.float32), (e, self.rows, 2)
+    )
+    base.require(e >= 1 and (e == 1 or not self.single), f'Ternary holds {e} experts')
+    base.require(
+        1 <= self.words.shape[1] < 2**31 and e % self.words.shape[0] == 0,
+        f'Ternary.words has shape {list(self.words.shape)} for {e} experts: a shard must hold '
+        'fewer than 2^31 codewords of whole experts; call sharded(n)',
+    )
+    known = len(tunstall.DESIGNS)
+    base.require(
+        self.designs and all(0 <= d < known for d in self.designs),
+        f'Ternary.designs = {self.designs}: this version knows tables 0..{known - 1}; '
+        'the file is damaged or from a newer moejax',
+    )
+
+  def validate(self) -> None:
+    self._check_structure()
+    if not all(base.is_concrete(a) for a in (self.words, self.offsets, self.design)):
+      return
+    offsets = np.asarray(self.offsets).astype(np.int64)
+    words = np.asarray(self.words)
+    base.require(
+        (np.diff(offsets, axis=1) > 0).all() and offsets.max() <= words.shape[1],
+        f'Ternary.offsets reach word {offsets.max()} of {words.shape[1]}, or do not increase: '
+        'codes are truncated or offsets damaged; restore the file',
+    )
+    base.require(
+        _longest(offsets) == self.max_words,
+        f'Ternary.max_words = {self.max_words}, the longest expert has {_longest(offsets)}',
+    )
+    design = np.asarray(self.design)
+    base.require(
+        set(design.tolist()) == set(self.designs),
+        f'Ternary.design holds tables {sorted(set(design.tolist()))}, designs says {self.designs}',
+    )
+    sizes = ternary.block_sizes(self.rows, self.cols, self.block_rows)
+    for i, row in enumerate(offsets):
+      codes = words[i * words.shape[0] // len(offsets), row[0] : row[-1]]
+      ternary.check_blocks(
+          codes, np.diff(row), sizes, tunstall.table(int(design[i])), name=f'expert {i}'
+      )
+
+  def ternary_rows(self, i: jax.Array | int) -> jax.Array:
+    """{-1, 0, 1} of one expert, int8 [f, d]; i may be traced."""
+    e, shards = self.design.shape[0], self.words.shape[0]
+    i = jnp.asarray(i, jnp.int32)
+    place = np.zeros(len(tunstall.DESIGNS), np.int32)
+    place[list(self.designs)] = np.arange(len(self.designs))
+    pick = lambda a: jax.lax.dynamic_index_in_dim(jnp.asarray(a), i, 0, keepdims=False)
+    return ternary_jax.decode_matrix(
+        jnp.asarray(self.words), i // (e // shards), pick(self.offsets),
+        jnp.asarray(place)[pick(self.design)],
+        designs=self.designs, rows=self.rows, cols=self.cols, block_rows=self.block_rows,
+        max_words=self.max_words,
+    )
+
+  def expert_rows(self, i: jax.Array | int, dtype: Any) -> jax.Array:
+    levels = jax.lax.dynamic_index_in_dim(jnp.asarray(self.levels), i, 0, keepdims=False)
+    return ternary_jax.apply_levels(self.ternary_rows(i), levels.astype(dtype))
+
+
+def _longest(offsets_eb: np.ndarray) -> int:
+  return int((offsets_eb[:, -1].astype(np.int64) - offsets_eb[:, 0]).max())
