@@ -190,6 +190,7 @@ class TrainConfig:
   checkpoint_every: int = 200
   keep_checkpoints: int = 2
   max_seconds: float = 0.0
+  save_dtype: str = 'float32'
   peak_flops_per_second: float = 0.0
 
 

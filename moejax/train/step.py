@@ -81,7 +81,7 @@ def _finish_routing(metrics: Metrics) -> Metrics:
       share = value / jnp.maximum(total, 1.0)
       done[name] = share
       done[f'load_entropy/{path}'] = -jnp.sum(share * jnp.log(jnp.maximum(share, 1e-20)))
-      done[f'dropped/{path}'] = 1.0 - total / metrics[f'tokens/{path}']
+      done[f'dropped/{path}'] = jnp.maximum(1.0 - total / metrics[f'tokens/{path}'], 0.0)
       entropies.append(done[f'load_entropy/{path}'])
       dropped.append(done[f'dropped/{path}'])
     elif kind != 'tokens':
@@ -189,7 +189,8 @@ def train_step(
   metrics = _finish_routing(metrics)
   metrics['grad_norm'] = optax.global_norm(grads)
   metrics['param_norm'] = optax.global_norm(params)
-  metrics['target_tokens'] = jnp.sum(batch['weights'])
+  real = batch['encoder_tokens'] != experiment.model.pad_id
+  metrics['tokens'] = jnp.sum(real) + jnp.sum(batch['weights'])
   new = state_lib.TrainState(step=state.step + 1, params=params, opt_state=opt_state)
   return new, metrics
 

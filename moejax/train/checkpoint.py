@@ -1,0 +1,150 @@
+"""Checkpoints of a run: orbax arrays with a manifest beside them, atomic and asynchronous.
+
+To resume: (1) build the abstract state for this run's config and mesh, (2) read the newest manifest
+and compare the configs, (3) restore the arrays straight into the new shardings, (4) continue at
+the manifest's data index.
+"""
+
+from collections.abc import Callable
+import os
+import pathlib
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from moejax import config as config_lib, errors, files
+from moejax.train import state as state_lib
+
+_FIXED = ('model', 'optim.optimizer', 'data.num_sentinels')
+
+
+def differences(old: Any, new: Any, where: str = '') -> dict[str, tuple[Any, Any]]:
+  """Maps the path of each differing JSON value to (old, new)."""
+  if isinstance(old, dict) and isinstance(new, dict):
+    found: dict[str, tuple[Any, Any]] = {}
+    for name in sorted({*old, *new}):
+      path = f'{where}.{name}' if where else name
+      found.update(differences(old.get(name), new.get(name), path))
+    return found
+  return {} if old == new else {where: (old, new)}
+
+
+def check_same_run(old: dict, new: dict, folder: str | os.PathLike) -> list[str]:
+  """Names the settings that changed since the checkpoint; those that may not raise UserError."""
+  changed = differences(old, new)
+  for path, (was, now) in changed.items():
+    if any(path == fixed or path.startswith(fixed + '.') for fixed in _FIXED):
+      raise errors.UserError(
+          f'{folder} holds a run with {path} = {was!r}, the config says {now!r}; use another '
+          '--workdir or restore the setting'
+      )
+  return [f'{path}: {was!r} -> {now!r}' for path, (was, now) in changed.items()]
+
+
+class Checkpoints:
+  """The checkpoints below a folder, newest `keep` of them."""
+
+  def __init__(self, folder: str | os.PathLike, experiment: config_lib.Experiment, keep: int = 2):
+    self.folder = pathlib.Path(folder).absolute()
+    self._experiment = config_lib.to_json(experiment)
+    options = ocp.CheckpointManagerOptions(
+        max_to_keep=max(keep, 1), create=True, cleanup_tmp_directories=True,
+        step_format_fixed_length=8, enable_async_checkpointing=True,
+    )
+    try:
+      self._manager = ocp.CheckpointManager(
+          self.folder, options=options, item_names=('state', 'manifest')
+      )
+    except OSError as error:
+      raise files.os_error(self.folder, error) from error
+
+  def latest(self) -> int | None:
+    """Step of the newest whole checkpoint, or None."""
+    return self._manager.latest_step()
+
+  def save(self, state: state_lib.TrainState, step: int, data_index: int) -> None:
+    """Starts writing a checkpoint; the caller may donate `state` to the next step right away."""
+    manifest = {
+        'format': 1,
+        'step': step,
+        'data_index': data_index,
+        'experiment': self._experiment,
+        'jax': jax.__version__,
+    }
+    if jax.default_backend() == 'cpu':
+      # Host arrays would be written in place by the next, donating, step.
+      state = jax.tree.map(jnp.copy, state)
+    self._guard(
+        lambda: self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), manifest=ocp.args.JsonSave(manifest)
+            ),
+        )
+    )
+
+  def restore(
+      self, target: state_lib.TrainState, step: int | None = None
+  ) -> tuple[state_lib.TrainState, int, list[str]]:
+    """Reads a checkpoint (default: the newest) onto any mesh.
+
+    Args:
+      target: ShapeDtypeStructs with the shardings wanted.
+
+    Returns:
+      (state, data index, settings that changed since).
+
+    Raises:
+      UserError: there is none, it is broken, or it belongs to another model.
+    """
+    step = self.latest() if step is None else step
+    if step is None:
+      raise errors.UserError(f'no checkpoint in {self.folder}')
+    try:
+      manifest = self._manager.restore(
+          step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore())
+      ).manifest
+    except (OSError, ValueError, KeyError) as error:
+      raise self._broken(step, error) from error
+    changed = check_same_run(manifest['experiment'], self._experiment, self.folder)
+    try:
+      restored = self._manager.restore(
+          step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
+      )
+    except (OSError, ValueError, KeyError) as error:
+      raise self._broken(step, error) from error
+    return restored.state, manifest['data_index'], changed
+
+  def _broken(self, step: int, error: Exception) -> errors.UserError:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return errors.UserError(
+        f'checkpoint {self.folder / f"{step:08d}"} cannot be read ({reason[:200]}); '
+        'remove that folder to resume from an older one'
+    )
+
+  def wait(self) -> None:
+    """Blocks until what was saved is on disk; raises UserError if that failed."""
+    self._guard(self._manager.wait_until_finished)
+
+  def close(self) -> None:
+    self._guard(self._manager.close)
+
+  def _guard(self, action: Callable[[], Any]) -> None:
+    try:
+      action()
+    except OSError as error:
+      raise files.os_error(self.folder, error) from error
+    except ValueError as error:
+      if 'RESOURCE_EXHAUSTED' in str(error) or 'No space left' in str(error):
+        raise errors.UserError(f'cannot write {self.folder}: the disk is full') from error
+      raise
+
+
+def target_of(abstract: state_lib.TrainState, places: state_lib.TrainState) -> Any:
+  """ShapeDtypeStructs with shardings, for `Checkpoints.restore`."""
+  return jax.tree.map(
+      lambda a, place: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=place), abstract, places
+  )
+
