@@ -9,7 +9,6 @@ Works on NumPy and JAX arrays alike; `unpack` is jit-able.
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -39,18 +38,17 @@ def pack(symbols: np.ndarray, bits: int) -> np.ndarray:
   return np.concatenate(parts, axis=-1)
 
 
-def unpack(words: Any, cols: int, bits: int) -> jax.Array:
-  """int32 symbols [..., cols] of `pack`ed words."""
-  words = jnp.asarray(words)
+def unpack(words: Any, cols: int, bits: int) -> Any:
+  """int32 symbols [..., cols] of `pack`ed words; NumPy in, NumPy out."""
+  xp: Any = np if isinstance(words, np.ndarray) else jnp
   total, first, done = None, 0, 0
   for field in FIELDS[bits]:
     count = -(-cols * field // 32)
     part = words[..., first : first + count]
-    shifts = jnp.arange(32 // field, dtype=jnp.uint32) * field
+    shifts = np.arange(32 // field, dtype=np.uint32) * np.uint32(field)
     shifts = shifts.reshape((1,) * part.ndim + (-1,))
-    values = (part[..., None] >> shifts) & jnp.uint32((1 << field) - 1)
-    values = values.reshape(*part.shape[:-1], -1)[..., :cols].astype(jnp.int32) << done
+    values = (part[..., None] >> xp.asarray(shifts)) & np.uint32((1 << field) - 1)
+    values = values.reshape(*part.shape[:-1], -1)[..., :cols].astype(np.int32) << done
     total = values if total is None else total | values
     first, done = first + count, done + field
-  assert total is not None
   return total

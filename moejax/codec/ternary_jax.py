@@ -78,7 +78,7 @@ def decode_matrix(
       _decode, rows=rows, cols=cols, block_rows=block_rows, max_words=max_words
   )
   branches = [functools.partial(decode, design=d) for d in designs]
-  args = (words_sw, shard, offsets_b.astype(jnp.int32))
+  args = (words_sw, shard, offsets_b)
   if len(branches) == 1:
     return branches[0](*args)
   return jax.lax.switch(design_index.astype(jnp.int32), branches, *args)
@@ -86,40 +86,60 @@ def decode_matrix(
 
 def _decode(words_sw, shard, offsets_b, *, design, rows, cols, block_rows, max_words):
   table = decode_table(design)
+  words, own, offsets_b = window(words_sw, shard, offsets_b, max_words)
+  length = jnp.where(own, jnp.asarray(table.length_u)[words], 0)
+  blocks = -(-rows // block_rows)
+  sizes = np.full(blocks, block_rows * cols, np.int32)
+  sizes[-1] = (rows - (blocks - 1) * block_rows) * cols
+  start = starts(length, offsets_b, jnp.asarray(sizes))
+  none = (1 << table.bits) - 1
+  fields = []
+  for fields_u in table.fields_ju:
+    packed = jnp.asarray(fields_u)[words]
+    fields += [((packed >> s) & none).astype(jnp.int32) for s in range(0, 32, table.bits)]
+  return place(start, fields, own, none, (rows, cols))
+
+
+def window(
+    words_sw: jax.Array, shard: jax.Array | int, offsets_b: jax.Array, max_words: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """The static window of max_words codewords that holds one matrix.
+
+  Returns int32 codewords [max_words], which of them are the matrix's own, and offsets into them.
+  """
+  offsets_b = offsets_b.astype(jnp.int32)
   first = jnp.minimum(offsets_b[0], words_sw.shape[1] - max_words)
-  zero = jnp.zeros((), first.dtype)
-  words = jax.lax.dynamic_slice(
-      words_sw, (shard.astype(first.dtype) + zero, first), (1, max_words)
-  )[0].astype(jnp.int32)
+  corner = (jnp.asarray(shard, jnp.int32), first)
+  words = jax.lax.dynamic_slice(words_sw, corner, (1, max_words))[0].astype(jnp.int32)
   offsets_b = offsets_b - first
   index = jnp.arange(max_words)
-  own = (index >= offsets_b[0]) & (index < offsets_b[-1])
-  length = jnp.where(own, jnp.asarray(table.length_u).at[words].get(mode='clip'), 0)
-  # A block's last codeword may run past the block: take what it overshoots from its length.
-  start = exclusive_sums(length)
-  ends = start.at[offsets_b[1:] - 1].get(mode='clip') + length.at[offsets_b[1:] - 1].get(
-      mode='clip'
-  )
-  blocks = offsets_b.shape[0] - 1
-  sizes = jnp.full(blocks, block_rows * cols).at[-1].set(
-      (rows - (blocks - 1) * block_rows) * cols
-  )
-  over = ends - jnp.append(0, ends[:-1]) - sizes
-  start = exclusive_sums(length.at[offsets_b[1:] - 1].add(-over, mode='drop'))
-  outside = rows * cols
-  places, values = [], []
-  none = (1 << table.bits) - 1
-  for fields_u in table.fields_ju:
-    fields = jnp.asarray(fields_u).at[words].get(mode='clip')
-    for shift in range(0, 32, table.bits):
-      field = ((fields >> shift) & none).astype(jnp.int32)
-      used = own & (field != none)
-      places.append(jnp.where(used, start + (field >> 1), outside))
-      values.append((2 * (field & 1) - 1).astype(jnp.int8))
-  flat = jnp.zeros(rows * cols, jnp.int8)
-  return flat.at[jnp.concatenate(places)].set(
+  return words, (index >= offsets_b[0]) & (index < offsets_b[-1]), offsets_b
+
+
+def starts(length_w: jax.Array, offsets_b: jax.Array, sizes_b: jax.Array) -> jax.Array:
+  """Where each codeword begins in the matrix, int32 [w].
+
+  Blocks are `sizes_b` weights long. A block's last codeword may run past its end: what it
+  overshoots is taken from its length.
+  """
+  last = offsets_b[1:] - 1
+  ends = (exclusive_sums(length_w) + length_w)[last]
+  over = ends - jnp.append(0, ends[:-1]) - sizes_b
+  return exclusive_sums(length_w.at[last].add(-over))
+
+
+def place(
+    start_w: jax.Array, fields_k: list[jax.Array], own_w: jax.Array, none: int,
+    shape: tuple[int, int],
+) -> jax.Array:
+  """Scatters codewords' nonzeros, fields (position << 1 | is high) or `none`, into int8 zeros."""
+  size = shape[0] * shape[1]
+  places = [jnp.where(own_w & (f != none), start_w + (f >> 1), size) for f in fields_k]
+  values = [(2 * (f & 1) - 1).astype(jnp.int8) for f in fields_k]
+  flat = jnp.zeros(size, jnp.int8).at[jnp.concatenate(places)].set(
       jnp.concatenate(values), mode='drop', unique_indices=True
-  ).reshape(rows, cols)
+  )
+  return flat.reshape(shape)
 
 
 def apply_levels(ternary_rc: jax.Array, levels_r2: jax.Array) -> jax.Array:

@@ -155,3 +155,11 @@ def rows_symbols(symbols: np.ndarray) -> tuple[np.ndarray, bool]:
       f'symbols have shape {symbols.shape}; [experts, rows, cols] or [rows, cols] is needed',
   )
   return symbols, single
+
+
+def row_levels(levels: np.ndarray, experts: int, rows: int, dtype: Any) -> np.ndarray:
+  """Levels (low, high) as [e, rows, 2] of `dtype`, from [e, rows, 2] or, for one, [rows, 2]."""
+  levels = np.asarray(levels)
+  fits = levels.shape == (experts, rows, 2) or (experts == 1 and levels.shape == (rows, 2))
+  require(fits, f'levels have shape {list(levels.shape)}, must be {[experts, rows, 2]}')
+  return levels.reshape(experts, rows, 2).astype(dtype)

@@ -83,7 +83,7 @@ class Packed(base.WeightNode):
 
   def symbols(self) -> np.ndarray:
     """The symbols again, uint8 [e, rows, cols] or [rows, cols]."""
-    out = np.asarray(packing.unpack(self.words, self.cols, self.width)).astype(np.uint8)
+    out = packing.unpack(np.asarray(self.words), self.cols, self.width).astype(np.uint8)
     return out[0] if self.single else out
 
   def validate(self) -> None:

@@ -64,14 +64,14 @@ class Ternary(base.WeightNode):
       UserError: a symbol is not ternary, or shapes do not fit.
     """
     symbols, single = base.rows_symbols(symbols)
-    levels = np.asarray(levels).reshape((1, *np.shape(levels)) if single else np.shape(levels))
+    e, rows, cols = symbols.shape
+    levels = base.row_levels(levels, e, rows, level_dtype)
     encoded = ternary.encode(symbols, block_rows=block_rows)
-    _, rows, cols = symbols.shape
     node = cls(
         words=encoded.words_w[None],
         offsets=encoded.offsets_eb,
         design=encoded.design_e,
-        levels=levels.astype(level_dtype),
+        levels=levels,
         rows=rows,
         cols=cols,
         block_rows=encoded.block_rows,
