@@ -16,6 +16,7 @@ from moejax.config import ModelConfig
 from moejax.nn.layers import Attention, DenseFfn, normal, weight
 from moejax.nn.moe import MoeFfn
 from moejax.ops import attention, norm
+from moejax.ops.linear import linear
 from moejax.routing.types import Routing
 
 
@@ -183,10 +184,8 @@ class SwitchTransformer(nn.Module):
     """Tied: hidden * d^-0.5 times the embedding (T5 folds the scale here); untied: the head."""
     if self.config.tie_embeddings:
       x_btd = x_btd * jnp.asarray(self.config.d_model**-0.5, x_btd.dtype)
-      kernel = self.shared.embedding.astype(x_btd.dtype)
-      return jnp.einsum('btd,vd->btv', x_btd, kernel, preferred_element_type=jnp.float32)
-    kernel = self.lm_head().astype(x_btd.dtype)
-    return jnp.einsum('btd,dv->btv', x_btd, kernel, preferred_element_type=jnp.float32)
+      return linear(x_btd, self.shared.embedding.T, preferred=jnp.float32)
+    return linear(x_btd, self.lm_head(), preferred=jnp.float32)
 
   def __call__(self, encoder_tokens, decoder_tokens, encoder_mask=None, decoder_mask=None):
     encoded, routings = self.encoder(self.embed(encoder_tokens), encoder_mask)

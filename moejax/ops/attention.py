@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from moejax.ops.linear import linear
+
 MASKED = -1e9
 
 
@@ -76,14 +78,14 @@ def attend(
   broadcasts over the scores; `dropout` is applied to the attention weights.
   """
   dtype = x_btd.dtype
-  q = jnp.einsum('btd,dnh->bnth', x_btd, params['q'].astype(dtype))
-  k = jnp.einsum('bsd,dnh->bnsh', source_bsd, params['k'].astype(dtype))
-  v = jnp.einsum('bsd,dnh->bnsh', source_bsd, params['v'].astype(dtype))
-  scores = jnp.einsum('bnth,bnsh->bnts', q, k, preferred_element_type=jnp.float32)
+  q_btnh = linear(x_btd, params['q'])
+  k_bsnh = linear(source_bsd, params['k'])
+  v_bsnh = linear(source_bsd, params['v'])
+  scores = jnp.einsum('btnh,bsnh->bnts', q_btnh, k_bsnh, preferred_element_type=jnp.float32)
   if bias_bnts is not None:
     scores += jnp.broadcast_to(bias_bnts, scores.shape)
   probs = jax.nn.softmax(scores, axis=-1).astype(dtype)
   if dropout is not None:
     probs = dropout(probs)
-  mixed = jnp.einsum('bnts,bnsh->bnth', probs, v)
-  return jnp.einsum('bnth,nhd->btd', mixed, params['o'].astype(dtype))
+  mixed_btnh = jnp.einsum('bnts,bsnh->btnh', probs, v_bsnh)
+  return linear(mixed_btnh, params['o'], contract=2)

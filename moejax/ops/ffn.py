@@ -5,9 +5,9 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from moejax.ops.expert_dot import expert_dot
+from moejax.ops.linear import linear
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     'relu': jax.nn.relu,
@@ -21,16 +21,15 @@ def dense_ffn(
     params: Mapping[str, Any], x: jax.Array, activation: str, dropout=None
 ) -> jax.Array:
   """wo(act(wi x)), or wo(act(gate x) * (wi x)) where params hold a gate; x is [..., d]."""
-  dtype = x.dtype
   act = ACTIVATIONS[activation]
-  hidden = jnp.einsum('...d,df->...f', x, params['wi'].astype(dtype))
+  hidden = linear(x, params['wi'])
   if 'gate' in params:
-    hidden = act(jnp.einsum('...d,df->...f', x, params['gate'].astype(dtype))) * hidden
+    hidden = act(linear(x, params['gate'])) * hidden
   else:
     hidden = act(hidden)
   if dropout is not None:
     hidden = dropout(hidden)
-  return jnp.einsum('...f,fd->...d', hidden, params['wo'].astype(dtype))
+  return linear(hidden, params['wo'])
 
 
 def expert_ffn(

@@ -1,0 +1,46 @@
+"""moejax: train mixture-of-experts models in JAX, and make big ones small.
+
+One letter per axis in names and docstrings, everywhere:
+
+  b batch     t target or query   s source or key   d model width   n heads
+  g kv heads  h head width        f FFN width       e experts       k choices a token
+  c capacity  m flat tokens       v vocabulary      r rank          u codewords
+
+so `x_btd` is [batch, target, model] and `wi_edf` a stack of expert matrices.
+
+The names below are the public API; they are imported when first used, so that importing moejax
+does no JAX work and needs no optional package.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = '0.1.0'
+
+_PUBLIC = {
+    'Model': 'moejax.model',
+    'apply_fn': 'moejax.model',
+    'init_params': 'moejax.model',
+    'abstract_params': 'moejax.model',
+    'ModelConfig': 'moejax.config',
+    'MoeConfig': 'moejax.config',
+    'Experiment': 'moejax.config',
+    'preset': 'moejax.presets',
+    'UserError': 'moejax.errors',
+    'Routing': 'moejax.routing.types',
+    'expert_dot': 'moejax.ops.expert_dot',
+    'make_mesh': 'moejax.sharding',
+    'param_shardings': 'moejax.sharding',
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+  if name in _PUBLIC:
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+  raise AttributeError(f"module 'moejax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+  return sorted([*globals(), *_PUBLIC])
