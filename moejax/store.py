@@ -6,7 +6,6 @@ path (`encoder/layers_0/ffn/wi`), a node's arrays under `<path>/<field>`.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-import json
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +87,7 @@ def _stored_names(path: str, leaf: Any) -> list[str]:
 
 
 def _is_node(leaf: Any) -> bool:
-  return type(leaf).__name__ in weights.NODE_CLASSES
+  return isinstance(leaf, weights.WeightNode)
 
 
 def _tensors(params, nodes, folder):
@@ -225,12 +224,8 @@ class Source:
     node = self._nodes[path]
     try:
       return weights.NODE_CLASSES[node['class']].from_arrays(node['static'], arrays)
-    except (KeyError, TypeError) as error:
-      raise UserError(
-          f'{self.folder}: the arrays {sorted(arrays)} and static fields '
-          f'{json.dumps(node.get("static"))} do not make a {node["class"]} for {path} ({error}); '
-          'restore the folder'
-      ) from error
+    except (KeyError, TypeError, UserError) as error:
+      raise UserError(f'{self.folder}: {path}: {error}') from error
 
 
 def load_folder(

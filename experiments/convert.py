@@ -1,0 +1,45 @@
+"""Converts a model folder between Hugging Face and moejax, streaming.
+
+Example:
+  python -m experiments.convert --source google-switch-base-8 --out switch-base-8
+  python -m experiments.convert --source switch-base-8 --out for-transformers --format hf
+"""
+
+import sys
+
+from absl import app, flags
+import tqdm
+
+from moejax.convert import folder
+from moejax.errors import UserError
+
+_SOURCE = flags.DEFINE_string('source', None, 'Folder to read: Hugging Face or moejax.')
+_OUT = flags.DEFINE_string('out', None, 'Folder to write; nothing half-written is ever left there.')
+_FORMAT = flags.DEFINE_enum(
+    'format', None, folder.FORMATS, 'What to write; the default is the one that --source is not.'
+)
+_DTYPE = flags.DEFINE_enum(
+    'dtype', None, tuple(folder.DTYPES), 'Cast the plain weights; the default keeps what is stored.'
+)
+
+
+def _progress(items, total):
+  return tqdm.tqdm(items, total=total, unit='tensor', disable=not sys.stderr.isatty())
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected argument {argv[1]!r}')
+  try:
+    config = folder.convert_folder(
+        _SOURCE.value, _OUT.value, format=_FORMAT.value, dtype=_DTYPE.value, progress=_progress
+    )
+  except UserError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+  print(f'{_OUT.value}: {config.family}, {config.num_layers} + {config.num_decoder_layers} layers')
+
+
+if __name__ == '__main__':
+  flags.mark_flags_as_required(('source', 'out'))
+  app.run(main)
