@@ -17,11 +17,14 @@ Metrics = dict[str, jax.Array]
 COMPUTE_DTYPES = ('float32', 'bfloat16')
 
 
-def cross_entropy(logits_btv: jax.Array, targets_bt: jax.Array) -> jax.Array:
-  """-log softmax(logits)[target], float32 [b, t], in nats."""
+def cross_entropy(
+    logits_btv: jax.Array, targets_bt: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """-log softmax(logits)[target], float32 [b, t] in nats, and whether the target has the top logit."""
   logits_btv = logits_btv.astype(jnp.float32)
   picked = jnp.take_along_axis(logits_btv, targets_bt[..., None], axis=-1)[..., 0]
-  return jax.nn.logsumexp(logits_btv, axis=-1) - picked
+  hit = picked >= jax.lax.stop_gradient(logits_btv).max(axis=-1)
+  return jax.nn.logsumexp(logits_btv, axis=-1) - picked, hit
 
 
 def content_weights(batch: Batch, config: config_lib.ModelConfig, num_sentinels: int) -> jax.Array:
@@ -112,8 +115,7 @@ def loss_fn(
       and gradients of the microbatches add up to those of the whole batch.
   """
   output = forward(experiment, params, batch, key=key, mesh=mesh)
-  losses = cross_entropy(output.logits_btv, batch['targets'])
-  hits = jnp.argmax(output.logits_btv, axis=-1) == batch['targets']
+  losses, hits = cross_entropy(output.logits_btv, batch['targets'])
   cross = jnp.sum(losses * batch['weights']) / total_weight
   routings = list(output.routings.values())
   balance = sum((r.load_balance_loss for r in routings), jnp.float32(0)) / parts
@@ -200,8 +202,7 @@ def eval_step(
 ) -> Metrics:
   """Sums over a batch, without dropout: divide by `weight` and `content_weight` at the end."""
   output = forward(experiment, params, batch, mesh=mesh)
-  losses = cross_entropy(output.logits_btv, batch['targets'])
-  hits = jnp.argmax(output.logits_btv, axis=-1) == batch['targets']
+  losses, hits = cross_entropy(output.logits_btv, batch['targets'])
   content = content_weights(batch, experiment.model, experiment.data.num_sentinels)
   return {
       'loss': jnp.sum(losses * batch['weights']),
