@@ -1,4 +1,4 @@
-"""Converts a model folder between Hugging Face and moejax, streaming.
+"""Converts a model folder between Hugging Face and moejax, tensor by tensor.
 
 Example:
   python -m experiments.convert --source google-switch-base-8 --out switch-base-8
@@ -7,11 +7,11 @@ Example:
 
 import sys
 
-from absl import app, flags
+from absl import flags
 import tqdm
 
+from experiments import flags as flags_lib
 from moejax.convert import folder
-from moejax.errors import UserError
 
 _SOURCE = flags.DEFINE_string('source', None, 'Folder to read: Hugging Face or moejax.')
 _OUT = flags.DEFINE_string('out', None, 'Folder to write; nothing half-written is ever left there.')
@@ -27,19 +27,13 @@ def _progress(items, total):
   return tqdm.tqdm(items, total=total, unit='tensor', disable=not sys.stderr.isatty())
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f'unexpected argument {argv[1]!r}')
-  try:
-    config = folder.convert_folder(
-        _SOURCE.value, _OUT.value, format=_FORMAT.value, dtype=_DTYPE.value, progress=_progress
-    )
-  except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
+def main() -> None:
+  flags_lib.require('source', 'out')
+  config = folder.convert_folder(
+      _SOURCE.value, _OUT.value, format=_FORMAT.value, dtype=_DTYPE.value, progress=_progress
+  )
   print(f'{_OUT.value}: {config.family}, {config.num_layers} + {config.num_decoder_layers} layers')
 
 
 if __name__ == '__main__':
-  flags.mark_flags_as_required(('source', 'out'))
-  app.run(main)
+  flags_lib.run(main, __doc__)
