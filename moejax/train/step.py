@@ -189,8 +189,8 @@ def train_step(
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   metrics = _finish_routing(metrics)
-  metrics['grad_norm'] = optax.global_norm(grads)
-  metrics['param_norm'] = optax.global_norm(params)
+  metrics['grad_norm'] = optax.tree.norm(grads)
+  metrics['param_norm'] = optax.tree.norm(params)
   real = batch['encoder_tokens'] != experiment.model.pad_id
   metrics['tokens'] = jnp.sum(real) + jnp.sum(batch['weights'])
   new = state_lib.TrainState(step=state.step + 1, params=params, opt_state=opt_state)

@@ -10,7 +10,7 @@ import pytest
 
 from moejax import errors, sharding, tree
 from moejax.data import batches
-from moejax.train import step as step_lib
+from moejax.train import state as state_lib, step as step_lib
 
 _SPEC = importlib.util.spec_from_file_location(
     'train_common', pathlib.Path(__file__).with_name('common.py')
@@ -45,6 +45,14 @@ def test_parameters_are_sharded_over_data():
   assert wi.addressable_shards[0].data.size == wi.size // 8
   moments = [x for x in jax.tree.leaves(made.state.opt_state) if x.shape == wi.shape]
   assert moments and all(m.sharding == wi.sharding for m in moments)
+
+
+def test_the_seed_gives_the_same_parameters_on_every_mesh():
+  config = common.experiment(mesh__data=2, mesh__expert=2, mesh__tensor=2)
+  made = common.setup(config)
+  state = state_lib.init(config.model, made.optimizer, made.mesh, config.train.seed)
+  want = common.host_params(config.model, config.train.seed)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), state.params, want)
 
 
 def _gradients(config, params, batch):

@@ -1,0 +1,111 @@
+"""Reading texts, and what is said about files that are none; the tokenizer's layout."""
+
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+
+from moejax import errors
+from moejax.data import batches, text, tokenizer
+
+
+@pytest.fixture
+def folder(tmp_path):
+  (tmp_path / 'b.txt').write_text('Second file.\n\nWith a blank line.\n')
+  (tmp_path / 'a.txt').write_text('First file, with an accent: é.\n')
+  return tmp_path
+
+
+def test_one_file_is_one_document_in_sorted_order(folder):
+  want = ['First file, with an accent: é.\n', 'Second file.\n\nWith a blank line.\n']
+  assert list(text.documents([f'{folder}/*.txt'])) == want
+  assert list(text.documents([f'{folder}/b.txt', f'{folder}/a.txt'])) == want[::-1]
+
+
+def test_archive_members_match_a_glob(folder):
+  tar, archive = folder / 'x.tgz', folder / 'x.zip'
+  with tarfile.open(tar, 'w:gz') as out:
+    for name in ('b.txt', 'a.txt'):
+      out.add(folder / name, f'data/{name}')
+  with zipfile.ZipFile(archive, 'w') as out:
+    for name in ('b.txt', 'a.txt'):
+      out.write(folder / name, f'data/{name}')
+  want = list(text.documents([f'{folder}/*.txt']))
+  assert list(text.documents([f'{tar}::data/*.txt'])) == want
+  assert list(text.documents([f'{archive}::data/*.txt'])) == want
+  assert list(text.documents([f'{tar}::data/[b]*'])) == want[1:]
+  with pytest.raises(errors.UserError, match=r"no member of .*x\.tgz matches 'data/\*\.md'"):
+    list(text.documents([f'{tar}::data/*.md']))
+  tar.write_bytes(tar.read_bytes()[:60])
+  with pytest.raises(errors.UserError, match=r'x\.tgz is not a whole archive'):
+    list(text.documents([f'{tar}::data/*.txt']))
+
+
+@pytest.mark.parametrize(
+    'content, reason',
+    [
+        (b'', 'is empty'), (b' \n\n', 'is empty'), (b'\x7fELF\0\0', 'is a binary file'),
+        (b'caf\xe9 noir et blanc', 'is not UTF-8 text \\(byte 3\\)'),
+    ],
+)
+def test_bad_files_are_named(folder, content, reason):
+  (folder / 'bad.txt').write_bytes(content)
+  with pytest.raises(errors.UserError, match=rf'bad\.txt {reason}'):
+    list(text.documents([f'{folder}/*.txt']))
+
+
+def test_a_missing_file_suggests_the_nearest(folder):
+  with pytest.raises(errors.UserError, match=r"valid_files: no file matches .*did you mean 'a.txt'"):
+    list(text.documents([f'{folder}/aa.txt'], 'data.valid_files'))
+  with pytest.raises(errors.UserError, match=r'is a folder; name its files'):
+    list(text.documents([str(folder)]))
+  with pytest.raises(errors.UserError, match=r'data\.train_files is empty'):
+    list(text.documents([]))
+
+
+def test_a_character_cut_by_the_probe_is_no_error():
+  text.check_text('é'.encode() * 10 + b'\xc3', 'x', whole=False)
+  with pytest.raises(errors.UserError):
+    text.check_text('é'.encode() * 10 + b'\xc3', 'x', whole=True)
+
+
+@pytest.fixture(scope='module')
+def trained():
+  words = 'the people of the united states and their congress met in session '
+  return tokenizer.train([words * 20, words.upper() * 5], 400, 20)
+
+
+def test_the_layout_is_t5s(trained):
+  assert trained.vocab_size == 400 and trained.num_sentinels == 20
+  assert trained.decode([0, 1, 2], skip_special=False) == '<pad></s><unk>'
+  assert trained.decode([399, 380], skip_special=False) == '<extra_id_0><extra_id_19>'
+  assert trained.decode([379], skip_special=False) != '<extra_id_20>'
+
+
+@pytest.mark.parametrize('line', ['the people', ' \t\n two  spaces ', 'é 漢字 🙂 \x07', ''])
+def test_any_text_comes_back(trained, line):
+  ids = trained.encode(line)
+  assert ids.dtype == np.int32 and (ids >= 3).all() and (ids < 380).all()
+  assert trained.decode(ids) == line
+
+
+def test_saving_and_loading(trained, tmp_path):
+  path = trained.save(tmp_path)
+  again = tokenizer.load(tmp_path)
+  assert again.to_bytes() == trained.to_bytes() == path.read_bytes()
+  path.write_text('{"version"')
+  with pytest.raises(errors.UserError, match=r'tokenizer\.json is not a tokenizer'):
+    tokenizer.load(path)
+  with pytest.raises(errors.UserError, match='leave data.tokenizer empty'):
+    tokenizer.load(tmp_path / 'none')
+
+
+def test_a_small_vocabulary_says_how_small(trained):
+  with pytest.raises(errors.UserError, match='needs at least 279'):
+    tokenizer.train(['x'], 270, 20)
+
+
+def test_a_text_shorter_than_a_sample_names_the_setting(trained):
+  with pytest.raises(errors.UserError, match=r'data\.valid_files: no text of at least 2 tokens'):
+    batches.tokenize(['x'], trained, 'data.valid_files')
