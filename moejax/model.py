@@ -1,13 +1,14 @@
 """Model: a configuration and its params as one pytree."""
 
 import dataclasses
-import os
+import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from moejax import store
 from moejax.config import ModelConfig
 from moejax.nn.switch import Output, SwitchTransformer
 
@@ -44,9 +45,10 @@ def apply_fn(
     if key is None:
       raise ValueError('train=True needs a key for dropout and router jitter')
     rngs = {'dropout': jax.random.fold_in(key, 0), 'router': jax.random.fold_in(key, 1)}
-  return module.apply(
+  output: Any = module.apply(
       {'params': params}, encoder_tokens, decoder_tokens, encoder_mask, decoder_mask, rngs=rngs
   )
+  return output
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Any:
@@ -82,12 +84,10 @@ class Model:
     return apply_fn(self.config, self.params, encoder_tokens, decoder_tokens, **kwargs)
 
   @classmethod
-  def load(cls, folder: str | os.PathLike) -> 'Model':
+  def load(cls, folder: str | pathlib.Path) -> 'Model':
     """Reads a moejax model folder; raises UserError if any part of it is wrong."""
-    from moejax import store
     return cls(*store.load_folder(folder))
 
-  def save(self, folder: str | os.PathLike, **kwargs) -> None:
+  def save(self, folder: str | pathlib.Path, **kwargs) -> None:
     """Writes a moejax model folder; see `store.save_folder`."""
-    from moejax import store
     store.save_folder(folder, self.config, self.params, **kwargs)

@@ -4,6 +4,7 @@ import ast
 import pathlib
 import re
 import subprocess
+import sys
 
 import pytest
 
@@ -101,13 +102,8 @@ def test_import_rule_catches_a_violation(tmp_path, monkeypatch):
   bad = tmp_path / 'moejax' / 'tree.py'
   bad.parent.mkdir()
   bad.write_text('from moejax import model\nimport absl.flags\n')
-  monkeypatch.setattr('sys.modules', dict(__import__('sys').modules))
-  globals_root = globals()['ROOT']
-  try:
-    globals()['ROOT'] = tmp_path
-    assert len(rule_violations(bad)) == 2
-  finally:
-    globals()['ROOT'] = globals_root
+  monkeypatch.setattr(sys.modules[__name__], 'ROOT', tmp_path)
+  assert len(rule_violations(bad)) == 2
 
 
 @pytest.mark.parametrize('path', library_files() + sorted((ROOT / 'tests').rglob('*.py')),
@@ -123,8 +119,7 @@ def test_size_guards(path):
 
 def test_importing_moejax_does_no_jax_work():
   code = "import sys, moejax; assert 'jax' not in sys.modules and 'flax' not in sys.modules"
-  subprocess.run(['python3' if False else __import__('sys').executable, '-c', code],
-                 check=True, cwd=ROOT)
+  subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT)
 
 
 def test_every_public_name_exists():

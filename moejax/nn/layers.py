@@ -20,7 +20,7 @@ def weight(
   Linen compares leaves one by one and lets a wrong node pass; this compares the logical shape.
   """
   if module.has_variable('params', name):
-    value = module.get_variable('params', name)
+    value: Any = module.get_variable('params', name)
     if not tree.is_array(value):
       if tuple(value.shape) != tuple(shape):
         path = '/'.join((*module.path, name))

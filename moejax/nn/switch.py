@@ -5,6 +5,7 @@ than memory is walked with one layer's parameters.
 """
 
 import dataclasses
+from typing import Any
 
 from flax import linen as nn
 import jax
@@ -45,10 +46,10 @@ class Layer(nn.Module):
     else:
       self.self_attention = Attention(self.config, self.train)
       self.cross_attention = Attention(self.config, self.train)
-    if self.sparse:
-      self.ffn = MoeFfn(self.config, self.mesh, self.train)
-    else:
-      self.ffn = DenseFfn(self.config, self.train)
+    self.ffn: Any = (
+        MoeFfn(self.config, self.mesh, self.train)
+        if self.sparse else DenseFfn(self.config, self.train)
+    )
 
   def attend(
       self,

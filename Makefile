@@ -1,0 +1,39 @@
+# make demo | test | lint | bench | evidence. The first call makes .venv and installs what it needs.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTEST_FLAGS ?=
+
+.PHONY: demo test lint bench evidence clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python -m experiments.demo
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q --durations=15 $(PYTEST_FLAGS)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check moejax kernels_pallas configs experiments tests
+	$(BIN)/mypy moejax kernels_pallas configs experiments
+	$(BIN)/python -m pytest -q tests/hygiene_test.py
+
+bench: $(VENV)/.installed-test
+	$(BIN)/python -m experiments.bench --suite foundation
+
+evidence: $(VENV)/.installed-test
+	$(BIN)/python -m experiments.evidence
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.installed: requirements.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -r requirements.txt
+	touch $@
+
+$(VENV)/.installed-test: requirements-test.txt requirements.txt | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet -r requirements-test.txt
+	touch $(VENV)/.installed $@
+
+clean:
+	rm -rf $(VENV) runs
