@@ -31,6 +31,7 @@ _REMEDIES = {
     errno.EACCES: 'not writable: choose another folder, or change its permissions',
     errno.EPERM: 'not writable: choose another folder, or change its permissions',
     errno.EROFS: 'the file system is read-only: choose another folder',
+    errno.EEXIST: 'a part of this path is a file, not a folder: choose another folder',
     errno.ENOTDIR: 'a part of this path is a file, not a folder: choose another folder',
     errno.ENOENT: 'the folder cannot be made there: choose another one',
 }

@@ -219,8 +219,14 @@ def read_part(
           'make them equal, or set tie_word_embeddings in config.json as the model was trained'
       )
   if dtype != array.dtype:
-    array = array.astype(dtype)
-    check_finite(array, f'{name} as {dtype}', source.where)
+    with np.errstate(over='ignore'):
+      cast = array.astype(dtype)
+    if not np.isfinite(cast).all():
+      raise UserError(
+          f'{source.where}: tensor {name!r} reaches {np.abs(array).max():.4g}, too large for '
+          f'{dtype}: convert to bfloat16 or float32'
+      )
+    array = cast
   return match.entry.to_ours(array)
 
 

@@ -34,8 +34,8 @@ def write(folder, arrays, kind, **changes):
 def hf_aux(routings, stack, batch):
   """Hugging Face pools a stack's layers along the sequence before its load-balancing loss."""
   chosen = [r for path, r in routings.items() if path.startswith(stack)]
-  logits = jnp.concatenate([r.logits_me.reshape(batch, -1, r.logits_me.shape[-1]) for r in chosen], 1)
-  e = logits.shape[-1]
+  e = chosen[0].logits_me.shape[-1]
+  logits = jnp.concatenate([r.logits_me.reshape(batch, -1, e) for r in chosen], 1)
   share = jax.nn.one_hot(logits.argmax(-1), e).mean(1)
   aux = (share * jax.nn.softmax(logits).mean(1)).mean() * e**2
   return aux, (jax.nn.logsumexp(logits, axis=-1) ** 2).mean()
