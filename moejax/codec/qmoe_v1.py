@@ -179,6 +179,7 @@ def _checked_starts(codes, row_offsets, cols, name='matrix'):
   return np.cumsum(length) - length, entries
 
 
+@functools.partial(jax.jit, static_argnames=('rows', 'cols', 'max_words'))
 def decode_matrix(
     words_w: jax.Array, offsets_r: jax.Array, *, rows: int, cols: int, max_words: int
 ) -> jax.Array:

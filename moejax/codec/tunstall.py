@@ -153,6 +153,16 @@ def table(design: int) -> Table:
   )
 
 
+@functools.lru_cache(maxsize=4096)
+def mean_length(design: int, zero_share: float) -> float:
+  """Mean weights a codeword of independent symbols of this zero share stands for."""
+  code = table(design)
+  count = (code.nonzeros_uk != DROPPED).sum(1)
+  nonzero = (1.0 - zero_share) / 2.0
+  probability = np.power(zero_share, code.length_u - count) * np.power(nonzero, count)
+  return float(probability @ code.length_u)
+
+
 def designs_near(zero_share: float, count: int = 3) -> Sequence[int]:
   """The `count` designs with the least expected rate at this share of zeros, best first."""
   return [int(i) for i in np.argsort(design_rates(zero_share), kind='stable')[:count]]

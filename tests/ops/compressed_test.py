@@ -1,0 +1,100 @@
+"""expert_dot on weight nodes: dense results, gradients, and one expert's memory."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from moejax import weights
+from moejax.ops.expert_dot import expert_dot
+
+VECTORS = Path(__file__).parent.parent / 'vectors' / 'qmoe'
+E, ROWS, COLS = 6, 40, 72
+
+
+def symbols(shape=(E, ROWS, COLS), high=3, seed=0):
+  p = [0.885, 0.0575, 0.0575] if high == 3 else None
+  return np.random.default_rng(seed).choice(high, size=shape, p=p).astype(np.uint8)
+
+
+def levels(shape=(E, ROWS), seed=1):
+  size = np.abs(np.random.default_rng(seed).normal(size=(*shape, 2))) + 0.1
+  return (size * [-1, 1]).astype(np.float32)
+
+
+def make(name):
+  if name == 'ternary':
+    return weights.Ternary.from_symbols(symbols(), levels())
+  if name == 'ternary_v1':
+    return weights.TernaryV1.from_symbols(symbols(), levels())
+  if name == 'packed':
+    scale = levels()[..., 1] / 4
+    return weights.Packed.from_symbols(symbols(high=8), scale, np.full_like(scale, 3), bits=3)
+  parts = [make('ternary'), make('packed')]
+  parts = [jax.tree.map(lambda a: a[:2], parts[1]), weights.Ternary.from_symbols(
+      symbols()[:3], levels()[:3]
+  ), np.ones((1, COLS, ROWS), ml_dtypes.bfloat16)]
+  return weights.Mixed.from_parts(parts, [[4, 1], [0, 2, 5], [3]])
+
+
+each_node = pytest.mark.parametrize('name', ['ternary', 'ternary_v1', 'packed', 'mixed'])
+
+
+@each_node
+@pytest.mark.parametrize(
+    'sizes', [[3, 0, 5, 1, 0, 7], [0] * 6, [0, 0, 0, 0, 0, 1], [40, 0, 0, 0, 0, 0]]
+)
+def test_equals_the_dense_product(name, sizes):
+  node = make(name)
+  x = jax.random.normal(jax.random.key(0), (40, COLS))
+  sizes = jnp.asarray(sizes, jnp.int32)
+  got = jax.jit(expert_dot)(x, node, sizes)
+  want = jax.jit(expert_dot)(x, node.dense(jnp.float32), sizes)
+  np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+  assert not np.asarray(got)[int(sizes.sum()) :].any()
+
+
+@each_node
+def test_gradient_in_x_equals_the_dense_one(name):
+  node = make(name)
+  x = jax.random.normal(jax.random.key(0), (16, COLS))
+  sizes = jnp.asarray([3, 0, 5, 1, 0, 7], jnp.int32)
+  loss = lambda x, w: jnp.sum(expert_dot(x, w, sizes) ** 2)
+  got = jax.jit(jax.grad(loss))(x, node)
+  want = jax.jit(jax.grad(loss))(x, node.dense(jnp.float32))
+  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['gptq', 'synthetic'])
+def test_qmoe_matvec_vectors(name):
+  vectors = np.load(VECTORS / 'sub1linear.npz')
+  node = weights.TernaryV1.from_values(vectors[f'{name}_W'][None])
+  x, exact = jnp.asarray(vectors[f'{name}_x']), vectors[f'{name}_y_f64']
+  sizes = jnp.asarray([x.shape[0]], jnp.int32)
+  y = np.asarray(expert_dot(x, node, sizes))
+  assert np.abs(y - exact).max() <= 1e-5 * np.abs(exact).max()
+  y = np.asarray(expert_dot(x.astype(jnp.bfloat16), node, sizes)).astype(np.float64)
+  # x is exact in bf16, so only the output is rounded.
+  assert (np.abs(y - exact) <= 2**-8 * np.abs(exact) + 1e-4 * np.abs(exact).max()).all()
+
+
+@pytest.mark.parametrize('name', ['ternary', 'ternary_v1', 'packed'])
+def test_at_most_one_expert_is_expanded(name):
+  experts, rows, cols, tokens = 16, 256, 1024, 8
+  if name == 'packed':
+    s = symbols((experts, rows, cols), high=8)
+    scale = levels((experts, rows))[..., 1]
+    node = weights.Packed.from_symbols(s, scale, np.zeros_like(scale), bits=3)
+  else:
+    node_class = weights.Ternary if name == 'ternary' else weights.TernaryV1
+    node = node_class.from_symbols(symbols((experts, rows, cols)), levels((experts, rows)))
+  x, sizes = jnp.zeros((tokens, cols)), jnp.zeros(experts, jnp.int32)
+  memory = jax.jit(expert_dot).lower(x, node, sizes).compile().memory_analysis()
+  one_expert = rows * cols * 4
+  padded_tokens = 4 * (tokens + 64) * (rows + cols)
+  # The matrix in float32, its int8 ternary form and the codewords' positions.
+  assert memory.temp_size_in_bytes < 1.5 * one_expert + padded_tokens
+  assert memory.temp_size_in_bytes > 0
