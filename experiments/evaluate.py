@@ -1,0 +1,125 @@
+"""Measures a model on text and prints JSON: loss, accuracy, expert load, agreement, baselines.
+
+A model folder is what moejax wrote, compressed or not; text is a file, a glob or 'archive::glob'.
+
+Example:
+  python -m experiments.evaluate --model runs/sotu/model \
+      --data 'experiments/data/sotu.tar.xz::sotu/???0_*.txt' --against runs/other/model
+"""
+
+from collections.abc import Callable
+import json
+import pathlib
+import sys
+import time
+from typing import Any
+
+from absl import flags
+
+from experiments import flags as common
+from moejax import config as config_lib, evaluate, files, model as model_lib
+from moejax.data import batches as batches_lib, text, tokenizer as tokenizer_lib
+from moejax.evaluate import samples
+
+_MODEL = flags.DEFINE_string('model', None, 'Model folder.')
+_DATA = flags.DEFINE_multi_string('data', [], 'Text to measure on. Can be repeated.')
+_AGAINST = flags.DEFINE_string('against', None, 'Another model folder, for agreement.')
+_ABLATE = flags.DEFINE_bool('ablate', False, 'Also measure with the outputs of all experts zero.')
+_BIGRAM = flags.DEFINE_multi_string(
+    'bigram', [], 'Train a token bigram on this text and score it at the same words.'
+)
+_BATCH_SIZE = flags.DEFINE_integer('batch_size', 32, 'Samples a batch.', lower_bound=1)
+_MAX_BATCHES = flags.DEFINE_integer(
+    'max_batches', 0, 'Use only so many batches, spread over the text; 0 uses all.', lower_bound=0
+)
+_ENCODER_LENGTH = flags.DEFINE_integer(
+    'encoder_length', 0, 'Tokens a sample; 0 takes what the model was trained with.', lower_bound=0
+)
+_OUT = flags.DEFINE_string('out', None, 'Also write the JSON to this file.')
+
+
+def progress_line(label: str, total: int) -> Callable[[int], None]:
+  """Prints how far a loop is and the time left: in place on a terminal, else now and then."""
+  start, state = time.monotonic(), {'next': 5.0}
+
+  def show(done: int) -> None:
+    seconds = time.monotonic() - start
+    left = seconds / done * (total - done)
+    if sys.stderr.isatty():
+      end = '\n' if done == total else ''
+      print(f'\r{label} {done}/{total}  {left:4.0f} s left', end=end, file=sys.stderr, flush=True)
+    elif seconds > state['next']:
+      state['next'] = seconds + 15.0
+      print(f'{label} {done}/{total}  {left:4.0f} s left', file=sys.stderr, flush=True)
+
+  return show
+
+
+def data_for(folder: str) -> config_lib.DataConfig:
+  """The model's own sample layout, with --encoder_length if given."""
+  data = evaluate.data_config(folder)
+  if _ENCODER_LENGTH.value:
+    data = config_lib.apply_overrides(data, [f'encoder_length={_ENCODER_LENGTH.value}'])
+  return data
+
+
+def bigram_loss(
+    config: config_lib.ModelConfig, rows: list[Any], tokenizer: tokenizer_lib.Tokenizer,
+    sources: list[str],
+) -> float:
+  """Loss of a Kneser-Ney bigram of the sources at the masked words of the batches."""
+  corpus = batches_lib.tokenize(text.documents(sources, '--bigram'), tokenizer, '--bigram')
+  sentinels = tokenizer.num_sentinels
+  bigram = evaluate.Bigram.train(corpus, config.vocab_size, config.vocab_size - sentinels)
+  return bigram.content_loss(rows, config, sentinels)
+
+
+def measure(folder: str, against: str | None) -> dict[str, Any]:
+  """Everything the flags ask for, as one JSON object."""
+  files.require_folder(folder)
+  model = model_lib.Model.load(folder)
+  reference = model_lib.Model.load(against) if against else None
+  tokenizer = tokenizer_lib.load(folder)
+  batches = evaluate.fixed_batches(
+      model.config, data_for(folder), text.documents(_DATA.value, '--data'), tokenizer,
+      batch_size=_BATCH_SIZE.value, name='--data',
+  )
+  rows = list(samples.spread(batches, _MAX_BATCHES.value))
+  sentinels = tokenizer.num_sentinels
+
+  def run(params, label, other=None):
+    return evaluate.evaluate(
+        model_lib.Model(model.config, params), rows, num_sentinels=sentinels, against=other,
+        progress=progress_line(label, len(rows)),
+    )
+
+  start = time.monotonic()
+  result: dict[str, Any] = {'model': folder, 'data': list(_DATA.value), 'batches': len(rows)}
+  result |= run(model.params, 'evaluate', reference)
+  result['seconds'] = round(time.monotonic() - start, 3)
+  if against:
+    result['against'] = against
+  if _ABLATE.value and model.config.moe is not None:
+    cut = run(evaluate.without_experts(model.params), 'without experts')
+    result['zeroed_experts'] = {
+        'content_loss': cut['content_loss'],
+        'cost': cut['content_loss'] - result['content_loss'],
+    }
+  if _BIGRAM.value:
+    result['bigram_content_loss'] = bigram_loss(model.config, rows, tokenizer, _BIGRAM.value)
+  return result
+
+
+def main() -> None:
+  common.require('model')
+  result = measure(_MODEL.value, _AGAINST.value)
+  if _OUT.value:
+    try:
+      files.write_json(pathlib.Path(_OUT.value), result)
+    except OSError as error:
+      raise files.os_error(_OUT.value, error) from error
+  print(json.dumps(result, indent=2))
+
+
+if __name__ == '__main__':
+  common.run(main, __doc__)

@@ -1,0 +1,27 @@
+"""Measuring a model: loss on text, routing health, agreement with another model, baselines."""
+
+from moejax.evaluate.bigram import Bigram
+from moejax.evaluate.metrics import (
+    agreement_sums,
+    content_examples,
+    evaluate,
+    layer_loads,
+    loss_sums,
+    routing_health,
+    without_experts,
+)
+from moejax.evaluate.samples import data_config, fixed_batches, previous_tokens
+
+__all__ = [
+    'Bigram',
+    'agreement_sums',
+    'content_examples',
+    'data_config',
+    'evaluate',
+    'fixed_batches',
+    'layer_loads',
+    'loss_sums',
+    'previous_tokens',
+    'routing_health',
+    'without_experts',
+]

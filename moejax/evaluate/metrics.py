@@ -1,0 +1,231 @@
+"""Loss, accuracy, expert load and agreement of models, as sums over batches and then means.
+
+"Content" means the masked words themselves: target positions with sentinels and EOS left out, since
+those are nearly free to predict and hide the differences that matter.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax import config as config_lib, model as model_lib, tree
+from moejax.errors import UserError
+from moejax.train import step as step_lib
+
+Batch = Mapping[str, Any]
+Progress = Callable[[int], None]
+
+
+def forward(
+    config: config_lib.ModelConfig, params: Any, batch: Batch, dtype: Any = jnp.float32
+) -> model_lib.Output:
+  """Logits and routing of a batch in evaluation mode; padding is masked as in training."""
+  skip = config.moe is not None and config.moe.router_ignore_padding_tokens
+  return model_lib.apply_fn(
+      config, params, batch['encoder_tokens'], batch['decoder_tokens'],
+      encoder_mask=batch['encoder_tokens'] != config.pad_id,
+      decoder_mask=batch['weights'] > 0 if skip else None,
+      dtype=dtype,
+  )
+
+
+def content_mask(
+    config: config_lib.ModelConfig, batch: Batch, num_sentinels: int
+) -> jax.Array:
+  """float32 [b, t]: 1 on masked words, 0 on sentinels, EOS and padding."""
+  return step_lib.content_weights(batch, config, num_sentinels)
+
+
+def loss_sums(logits_btv: jax.Array, batch: Batch, content_bt: jax.Array) -> dict[str, jax.Array]:
+  """Sums of -log p (nats) and of hits over all targets and over content; divide by the weights."""
+  losses, hits = step_lib.cross_entropy(logits_btv, batch['targets'])
+  weights = batch['weights']
+  return {
+      'loss': jnp.sum(losses * weights),
+      'accuracy': jnp.sum(hits * weights),
+      'targets': jnp.sum(weights),
+      'content_loss': jnp.sum(losses * content_bt),
+      'content_accuracy': jnp.sum(hits * content_bt),
+      'content_targets': jnp.sum(content_bt),
+  }
+
+
+def agreement_sums(
+    logits_btv: jax.Array, reference_btv: jax.Array, content_bt: jax.Array
+) -> dict[str, jax.Array]:
+  """Sums over content: same most probable token, and KL(reference || model) in nats."""
+  log_p = jax.nn.log_softmax(reference_btv.astype(jnp.float32))
+  log_q = jax.nn.log_softmax(logits_btv.astype(jnp.float32))
+  same = jnp.argmax(logits_btv, axis=-1) == jnp.argmax(reference_btv, axis=-1)
+  divergence = jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+  return {
+      'top1_agreement': jnp.sum(same * content_bt), 'kl': jnp.sum(divergence * content_bt)
+  }
+
+
+def layer_loads(output: model_lib.Output, batch: Batch, pad_id: int) -> dict[str, jax.Array]:
+  """Real tokens that chose each expert, float32 [e], and those it processed, by layer path."""
+  loads = {}
+  for path, routing in output.routings.items():
+    encoder = path.startswith('encoder/')
+    real = batch['encoder_tokens'] != pad_id if encoder else batch['weights'] > 0
+    real_m1 = real.reshape(-1, 1)
+    experts = routing.logits_me.shape[-1]
+    chosen = jax.nn.one_hot(routing.choice_mk, experts) * real_m1[..., None]
+    loads[f'chosen/{path}'] = chosen.sum((0, 1))
+    loads[f'kept/{path}'] = (chosen * routing.keep_mk[..., None]).sum((0, 1))
+  return loads
+
+
+def routing_health(chosen_e: np.ndarray, kept_e: np.ndarray) -> dict[str, Any]:
+  """Health of one router from counts: shares, entropy (nats; ln e is even), extremes, drops.
+
+  Returns {'load': [e] shares of the tokens, 'entropy', 'largest_share', 'smallest_share',
+  'dropped'}.
+  """
+  chosen, kept = np.asarray(chosen_e, np.float64), np.asarray(kept_e, np.float64)
+  total = max(chosen.sum(), 1.0)
+  share = chosen / total
+  positive = share[share > 0]
+  return {
+      'load': [round(float(s), 6) for s in share],
+      'entropy': float(-(positive * np.log(positive)).sum()),
+      'largest_share': float(share.max()),
+      'smallest_share': float(share.min()),
+      'dropped': float(1.0 - kept.sum() / total) if chosen.sum() else 0.0,
+  }
+
+
+def without_experts(params: Mapping[str, Any]) -> dict[str, Any]:
+  """The params with every expert's output matrix zero, so that sparse layers add nothing."""
+
+  def cut(path, leaf):
+    if path.endswith('/experts/wo'):
+      return jnp.zeros(leaf.shape, jnp.float32)
+    return leaf
+
+  return tree.map_paths(cut, params)
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'against', 'num_sentinels', 'dtype'))
+def _batch_sums(params, reference, batch, *, config, against, num_sentinels, dtype):
+  output = forward(config, params, batch, dtype)
+  content = content_mask(config, batch, num_sentinels)
+  sums = loss_sums(output.logits_btv, batch, content)
+  sums |= layer_loads(output, batch, config.pad_id)
+  if against is not None:
+    other = forward(against, reference, batch, dtype)
+    sums |= agreement_sums(output.logits_btv, other.logits_btv, content)
+    losses = loss_sums(other.logits_btv, batch, content)
+    sums['reference_content_loss'] = losses['content_loss']
+  return sums
+
+
+def check_comparable(a: config_lib.ModelConfig, b: config_lib.ModelConfig) -> None:
+  """Raises UserError unless the two models speak the same tokens."""
+  for name in ('vocab_size', 'pad_id', 'eos_id', 'decoder_start_id'):
+    if getattr(a, name) != getattr(b, name):
+      raise UserError(
+          f'the models cannot be compared: {name} is {getattr(a, name)} and {getattr(b, name)}; '
+          'name two models with one tokenizer'
+      )
+
+
+def evaluate(
+    model: model_lib.Model,
+    batches: Iterable[Batch],
+    *,
+    num_sentinels: int = 100,
+    against: model_lib.Model | None = None,
+    dtype: Any = jnp.float32,
+    progress: Progress = lambda done: None,
+) -> dict[str, Any]:
+  """Means over batches, as JSON values; losses in nats a token.
+
+  Args:
+    model: params may be arrays or weight nodes.
+    batches: dicts of encoder_tokens [b, s], decoder_tokens, targets, weights [b, t].
+    num_sentinels: the top ids that stand for masked spans and are no content.
+    against: a model to compare with on the same batches.
+    dtype: of the activations.
+    progress: called with the number of batches done.
+
+  Returns:
+    {'loss', 'accuracy', 'targets', 'content_loss', 'content_accuracy', 'content_targets',
+    'routing': {layer path: see `routing_health`}}, with `against` also {'agreement': {'top1', 'kl',
+    'reference_content_loss'}}.
+
+  Raises:
+    UserError: no batch, or `against` has another vocabulary.
+  """
+  if against is not None:
+    check_comparable(model.config, against.config)
+  step = functools.partial(
+      _batch_sums, config=model.config, against=None if against is None else against.config,
+      num_sentinels=num_sentinels, dtype=jnp.dtype(dtype),
+  )
+  reference = None if against is None else against.params
+  sums: dict[str, Any] | None = None
+  for done, batch in enumerate(batches, 1):
+    new = jax.device_get(step(model.params, reference, dict(batch)))
+    new = {name: np.asarray(value, np.float64) for name, value in new.items()}
+    sums = new if sums is None else {name: sums[name] + new[name] for name in sums}
+    progress(done)
+  if sums is None:
+    raise UserError('nothing to evaluate on: the text gives no batch; give a longer text')
+  return _means(sums)
+
+
+def _means(sums: Mapping[str, Any]) -> dict[str, Any]:
+  targets = max(float(sums['targets']), 1.0)
+  content = max(float(sums['content_targets']), 1.0)
+  result: dict[str, Any] = {
+      'loss': float(sums['loss']) / targets,
+      'accuracy': float(sums['accuracy']) / targets,
+      'targets': int(sums['targets']),
+      'content_loss': float(sums['content_loss']) / content,
+      'content_accuracy': float(sums['content_accuracy']) / content,
+      'content_targets': int(sums['content_targets']),
+      'routing': {
+          name.removeprefix('chosen/'): routing_health(
+              chosen, sums[name.replace('chosen/', 'kept/', 1)]
+          )
+          for name, chosen in sums.items() if name.startswith('chosen/')
+      },
+  }
+  if 'kl' in sums:
+    result['agreement'] = {
+        'top1': float(sums['top1_agreement']) / content,
+        'kl': float(sums['kl']) / content,
+        'reference_content_loss': float(sums['reference_content_loss']) / content,
+    }
+  return result
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'dtype'))
+def _guesses(params, batch, *, config, dtype):
+  return jnp.argmax(forward(config, params, batch, dtype).logits_btv, axis=-1)
+
+
+def content_examples(
+    model: model_lib.Model, batch: Batch, rows: Iterable[int], num_sentinels: int = 100
+) -> list[dict[str, Any]]:
+  """For some rows of a batch: the encoder's tokens, the targets, and the model's top guess at each
+  target position given the true tokens before it. Lists of ids, padding cut off."""
+  guesses = np.asarray(
+      _guesses(model.params, dict(batch), config=model.config, dtype=jnp.dtype('float32'))
+  )
+  examples = []
+  for row in rows:
+    encoder = np.asarray(batch['encoder_tokens'][row])
+    used = int(np.sum(np.asarray(batch['weights'][row]) > 0))
+    examples.append({
+        'encoder': encoder[encoder != model.config.pad_id].tolist(),
+        'targets': np.asarray(batch['targets'][row])[:used].tolist(),
+        'guesses': guesses[row, :used].tolist(),
+    })
+  return examples

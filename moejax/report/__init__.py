@@ -1,0 +1,38 @@
+"""One compression, or a comparison of several, as report.json and one self-contained HTML page."""
+
+from collections.abc import Mapping
+import json
+import os
+import pathlib
+from typing import Any
+
+from moejax import files
+from moejax.report.data import Report, parse
+from moejax.report.page import render
+
+__all__ = ['Report', 'parse', 'render', 'write']
+
+
+def write(values: Mapping[str, Any], folder: str | os.PathLike) -> pathlib.Path:
+  """Writes report.json and report.html into a folder; returns the path of the page.
+
+  Args:
+    values: the report.json object: source, steps, before, after, layers, and for a comparison
+      variants; see `moejax.report.data`.
+
+  Raises:
+    UserError: `values` lacks a required part, or the folder cannot be written.
+  """
+  page = render(parse(values))
+  target = pathlib.Path(folder)
+  try:
+    target.mkdir(parents=True, exist_ok=True)
+    for name, text in (
+        ('report.json', json.dumps(values, indent=2) + '\n'), ('report.html', page)
+    ):
+      partial = target / f'.{name}.partial'
+      partial.write_text(text, encoding='utf-8')
+      partial.replace(target / name)
+  except OSError as error:
+    raise files.os_error(target, error) from error
+  return target / 'report.html'
