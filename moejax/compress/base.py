@@ -1,0 +1,109 @@
+"""What a compression is: a Transform makes new experts for one layer, a group at a time."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+from typing import Any, Protocol
+
+import numpy as np
+
+from moejax.compress.parts import Group
+from moejax.config import ModelConfig
+from moejax.errors import UserError
+
+
+class LeafSource(Protocol):
+  """Weights on demand: `store.Source`, or params in memory."""
+
+  config: ModelConfig
+
+  def paths(self) -> tuple[str, ...]: ...
+
+  def read(self, path: str) -> Any: ...
+
+  def read_expert(self, path: str, index: int) -> np.ndarray: ...
+
+  def abstract(self, path: str) -> Any: ...
+
+
+class LayerContext(Protocol):
+  """One layer's view of the calibration, made from the layers already compressed."""
+
+  config: ModelConfig
+  num_experts: int
+
+  def inputs(self, experts: Sequence[int]) -> list[np.ndarray]:
+    """The normed inputs of each expert, float32 [m_e, d], as often as asked.
+
+    Tokens come in order, at most the cap of them, without validation and special tokens.
+    """
+    ...
+
+  def group(self, experts: Sequence[int], make: Callable[[], Group]) -> Group:
+    """`make()`, kept on disk; a run that was killed gets it from there."""
+    ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Transform:
+  """A compression in two pure steps. Subclasses are frozen dataclasses of JSON values."""
+
+  @property
+  def name(self) -> str:
+    """The method's name in reports."""
+    return type(self).__name__.lower()
+
+  def describe(self) -> dict[str, Any]:
+    """Name and settings as JSON values; equal settings make equal files."""
+    return {'transform': self.name, **dataclasses.asdict(self)}
+
+  def plan(self, config: ModelConfig, source: LeafSource) -> Mapping[str, Any]:
+    """Decisions for the whole model, from it as it was: small JSON values."""
+    del config, source
+    return {}
+
+  def calibration(self) -> 'Calibration':
+    """Which tokens the layer step sees."""
+    return Calibration()
+
+  def accepts(self, path: str, leaf: Any) -> None:
+    """Raises UserError if an expert weight is in a form this transform cannot take."""
+    raise NotImplementedError
+
+  def layer(
+      self, plan: Mapping[str, Any], path: str, source: LeafSource, context: LayerContext
+  ) -> Iterator[Group]:
+    """The new experts of the FFN layer at `path`, group by group, in order.
+
+    A group is the unit of memory and of resume: make it through `context.group`. An empty iterator
+    leaves the layer as it is.
+    """
+    raise NotImplementedError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Calibration:
+  """Tokens for statistics (QMoE, arXiv 2310.16795, 3.2.2 and 3.2.4).
+
+  mask_special: leave out sentinels (encoder) and positions that predict one (decoder).
+  token_cap_factor: an expert gets at most int(factor * tokens / experts) of its tokens; 0: all.
+  """
+
+  mask_special: bool = True
+  token_cap_factor: float = 4.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chain:
+  """Transforms one after another, each in its own pass over the model the last one left."""
+
+  steps: tuple[Transform, ...]
+
+
+def chain(*steps: Transform | Chain) -> Chain:
+  """Composes transforms; chains flatten."""
+  flat: list[Transform] = []
+  for step in steps:
+    flat.extend(step.steps if isinstance(step, Chain) else (step,))
+  if not flat:
+    raise UserError('chain() needs at least one transform')
+  return Chain(steps=tuple(flat))

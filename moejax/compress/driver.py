@@ -1,0 +1,355 @@
+"""compress(model, transform, batches): layer by layer, group by group, resumable.
+
+QMoE section 3.2: the hidden states of all samples lie in one host buffer; a layer's experts are
+compressed from the inputs that the layers before, compressed already, give them, and what they
+compute goes back into the buffer. Weights are read when their turn comes. A finished group of
+experts is on disk before the next begins, so peak memory does not grow with the layers, and a run
+that was killed goes on there and ends with the same files.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+import re
+import resource
+import shutil
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from moejax import config as config_lib
+from moejax import files, store, tree, weights
+from moejax.compress import activations, base, parts, sources
+from moejax.compress import samples as samples_lib
+from moejax.errors import UserError
+from moejax.model import Model
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Result:
+  """What `compress` made.
+
+  model: the compressed model, or None where it went to `folder`. folder: that folder, or None.
+  report: JSON values, see `compress`. encoder_md, decoder_md: final hidden states of all samples,
+  float32 [tokens, d], validation last.
+  """
+
+  model: Model | None
+  folder: Path | None
+  report: dict[str, Any]
+  encoder_md: np.ndarray
+  decoder_md: np.ndarray
+
+
+class _Context:
+  """The `base.LayerContext` of one layer."""
+
+  def __init__(self, config, acts, calibration, work, layer, limit, special):
+    self.config = config
+    self.num_experts = config.moe.num_experts
+    self._acts, self._calibration, self._work, self._layer = acts, calibration, work, layer
+    self._limit, self._special = limit, special
+
+  def _tokens(self, expert: int) -> np.ndarray:
+    """Cap first, then no validation, then no special tokens (QMoE's order)."""
+    tokens = self._acts.tokens_of(expert)
+    if self._calibration.token_cap_factor:
+      cap = int(self._calibration.token_cap_factor * self._limit / self.num_experts)
+      tokens = tokens[:cap]
+    tokens = tokens[tokens < self._limit]
+    return tokens[~self._special[tokens]] if self._calibration.mask_special else tokens
+
+  def inputs(self, experts: Sequence[int]) -> list[np.ndarray]:
+    return [self._acts.expert_inputs(self._tokens(e)) for e in experts]
+
+  def group(self, experts, make) -> parts.Group:
+    if self._work is None:
+      return make()
+    folder = self._work / f'{self._layer.replace("/", ".")}.{experts[0]:05d}'
+    group = parts.load_group(folder)
+    if group is None:
+      group = make()
+      parts.save_group(folder, group)
+      # What a resumed run would read, so that both go on alike.
+      group = parts.load_group(folder)
+    return group
+
+
+def compress(
+    model: Model | str | Path, transform: base.Transform | base.Chain,
+    batches: Iterable[Mapping[str, Any]], out_folder: str | Path | None = None, *,
+    validation_batches: Iterable[Mapping[str, Any]] = (), sentinel: int | None = None,
+    progress: bool = False,
+) -> Result:
+  """Compresses a model with calibration batches (arXiv 2310.16795 section 3.2 for the walk).
+
+  Args:
+    model: a Model, or a moejax folder that is read piece by piece.
+    transform: what to do to the experts; a chain takes one pass over the model a step.
+    batches: calibration, see `samples.collect`; no expert drops tokens for capacity.
+    out_folder: where the compressed model goes (with report.json); its unfinished work lies beside
+      it in `.<name>.compressing`, from which the same call resumes. None keeps the model in memory.
+    validation_batches: samples that run along and are in no statistic; the report has their loss.
+    sentinel: the least special token id; None for `samples.first_sentinel`.
+    progress: show a progress bar.
+
+  The report has 'steps' (transform, seconds, peak_host_bytes), 'layers' (a row for each expert
+  matrix: path, expert, transform, bits, bits_per_weight, zeros, relative_output_error,
+  error_before_refit, fallback, tokens, ...), 'before' and 'after' (expert_bytes, stored_bytes,
+  expert_bits_per_weight), and 'loss' over the validation samples, a mean over their weights.
+
+  Raises:
+    UserError: no experts to compress, weights already compressed, samples or folders that do not
+      fit, an unwritable folder.
+  """
+  steps = transform.steps if isinstance(transform, base.Chain) else (transform,)
+  source = sources.open_source(model)
+  data = samples_lib.collect(source.config, batches, validation_batches, sentinel=sentinel)
+  out = None if out_folder is None else Path(out_folder).absolute()
+  origin = str(model) if isinstance(model, (str, Path)) else 'memory'
+  report: dict[str, Any] = {'source': origin, 'steps': [], 'layers': [], 'before': _sizes(source)}
+  plans: list[Any] = []
+  work_root = None if out is None else _work_folder(out, source, steps, data)
+  result = None
+  for i, step in enumerate(steps):
+    last = i == len(steps) - 1
+    work = None if work_root is None else work_root / f'step_{i}'
+    target = out if last else (None if work is None else work / 'model')
+    started = time.monotonic()
+    if not last and target is not None and store.is_folder(target):
+      source = sources.open_source(target)
+      done = files.read_json(work / 'done.json')
+      report['layers'] += done['rows']
+      plans.append(done['plan'])
+      report['steps'].append({**done['step'], 'resumed': True})
+      continue
+    result = _run_pass(source, step, data, work, target, origin, plans, progress)
+    report['layers'] += result.report['rows']
+    entry = {
+        'transform': step.name, 'settings': step.describe(),
+        'seconds': time.monotonic() - started, 'peak_host_bytes': _peak_bytes(),
+    }
+    report['steps'].append(entry)
+    if not last:
+      if work is not None:
+        files.write_json(
+            work / 'done.json', {'rows': result.report['rows'], 'plan': plans[-1], 'step': entry}
+        )
+      source = sources.open_source(target if target is not None else result.model)
+  assert result is not None
+  finished = sources.open_source(out if out is not None else result.model)
+  report['after'] = _sizes(finished)
+  report['loss'] = result.report['loss']
+  report['tokens'] = {s: data.calibration_tokens(s) for s in ('encoder', 'decoder')}
+  if out is not None:
+    _write_report(out, report)
+    shutil.rmtree(work_root)
+  return dataclasses.replace(result, report=report)
+
+
+def _peak_bytes() -> int:
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _write_report(out: Path, report: Mapping[str, Any]) -> None:
+  partial = out / '.report.json.partial'
+  try:
+    files.write_json(partial, report)
+    partial.rename(out / 'report.json')
+  except OSError as error:
+    raise files.os_error(out / 'report.json', error) from error
+
+
+def _work_folder(out: Path, source: Any, steps: Sequence[base.Transform], data: Any) -> Path:
+  """The folder of unfinished work for exactly this job; another job's leftovers are removed."""
+  work = out.with_name(f'.{out.name}.compressing')
+  job = hashlib.sha256(json.dumps({
+      'format': FORMAT, 'source': source.fingerprint(), 'data': data.fingerprint(),
+      'config': config_lib.to_json(source.config), 'steps': [step.describe() for step in steps],
+  }, sort_keys=True).encode()).hexdigest()
+  try:
+    if work.exists() and (
+        not (work / 'job.json').is_file() or files.read_json(work / 'job.json').get('job') != job
+    ):
+      shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    files.write_json(work / 'job.json', {'job': job})
+  except OSError as error:
+    raise files.os_error(work, error) from error
+  return work
+
+
+def _experts_under(source: Any, path: str) -> list[str]:
+  return [p for p in source.paths() if p.startswith(f'{path}/experts/')]
+
+
+def _sizes(source: Any) -> dict[str, Any]:
+  """Bytes of all weights and of the experts, from shapes alone."""
+  total = expert = expert_weights = 0
+  for path in source.paths():
+    leaf = source.abstract(path)
+    size = int(np.prod(leaf.shape))
+    node = isinstance(leaf, weights.WeightNode)
+    bits = leaf.bits() if node else 8 * size * np.dtype(leaf.dtype).itemsize
+    total += bits
+    if '/experts/' in path:
+      expert += bits
+      expert_weights += size
+  return {
+      'stored_bytes': total // 8, 'expert_bytes': expert // 8, 'expert_parameters': expert_weights,
+      'expert_bits_per_weight': expert / expert_weights if expert_weights else 0.0,
+  }
+
+
+def _run_pass(source, step, data, work, target, origin, plans, progress) -> Result:
+  """One transform over the whole model, then the model written."""
+  config = source.config
+  if config.moe is None:
+    raise UserError(f'the model has no experts ({config.family}): {step.name} has nothing to do')
+  walk_config = dataclasses.replace(
+      config, moe=dataclasses.replace(config.moe, expert_capacity=None)
+  )
+  plan = step.plan(config, source)
+  plans.append(dict(plan))
+  pattern = re.compile(getattr(step, 'layers', '.*'))
+  targets = [
+      path for stack in ('encoder', 'decoder') for i in config.sparse_layers(stack)
+      if pattern.fullmatch(path := f'{stack}/layers_{i}/ffn')
+  ]
+  if not targets:
+    raise UserError(f'no sparse layer matches {pattern.pattern!r}; FFN paths look like '
+                    "'encoder/layers_1/ffn'")
+  for path in targets:
+    for leaf_path in _experts_under(source, path):
+      step.accepts(leaf_path, source.abstract(leaf_path))
+  walk = _Walk(walk_config, source, step, plan, data, work, set(targets), progress)
+  walk.run()
+  leaves = _leaves(source, walk, set(targets))
+  report = {'rows': walk.rows, 'loss': walk.loss}
+  states = {'encoder_md': walk.encoder.buffer, 'decoder_md': walk.decoder.buffer}
+  if target is None:
+    flat = {path: jax.tree.map(jnp.asarray, leaf) for path, leaf in leaves}
+    made = Model(config, tree.unflatten(flat))
+    return Result(model=made, folder=None, report=report, **states)
+  provenance = {'source': origin, 'compression': [step.describe()], 'sizes': _sizes(source)}
+  folder = source.folder if isinstance(source, sources.FolderSource) else None
+  store.save_folder(
+      target, config, leaves, provenance=provenance, plan=plans, tokenizer_from=folder
+  )
+  return Result(model=None, folder=target, report=report, **states)
+
+
+def _leaves(source, walk, targets):
+  """(path, leaf) of the compressed model; one weight's experts are joined at a time."""
+  for path in source.paths():
+    layer, found, name = path.partition('/experts/')
+    if found and layer in targets:
+      yield path, parts.join(
+          part for group in walk.groups(layer) for part in group.parts.get(name, ())
+      )
+    else:
+      yield path, source.read(path)
+
+
+class _Walk:
+  """One pass of the hidden states through the model, compressing on the way."""
+
+  def __init__(self, config, source, step, plan, data, work, targets, progress):
+    self.config, self.source, self.step, self.plan = config, source, step, plan
+    self.data, self.work, self.targets = data, work, targets
+    self.rows: list[dict[str, Any]] = []
+    self.loss: float | None = None
+    self._memory: dict[str, list[parts.Group]] = {}
+    layers = config.num_layers + config.num_decoder_layers
+    self._bar = tqdm(total=layers, desc=step.name, disable=not progress, unit='layer')
+
+  def groups(self, path: str):
+    """The finished groups of a layer, from memory or, one at a time, from disk."""
+    if self.work is None:
+      yield from self._memory[path]
+      return
+    for folder in sorted(self.work.glob(f'{path.replace("/", ".")}.[0-9]*')):
+      if not folder.name.endswith('.partial'):
+        yield parts.load_group(folder)
+
+  def run(self) -> None:
+    embedding = self.source.read('shared/embedding')
+    batches = samples_lib.batches(self.data)
+    self.encoder = self._stack('encoder', embedding, batches, None)
+    self.decoder = self._stack('decoder', embedding, batches, self.encoder)
+    self._bar.close()
+    self.loss = self._validation_loss(embedding)
+
+  def _stack(self, stack, embedding, batches, source_acts):
+    config, source = self.config, self.source
+    stack_params = {k: source.read(f'{stack}/{k}') for k in ('relative_bias', 'final_norm')}
+    acts = activations.Activations(
+        config, stack, self.data, batches, stack_params, embedding, source_acts
+    )
+    count = config.num_layers if stack == 'encoder' else config.num_decoder_layers
+    special = self.data.special(stack)
+    for i in range(count):
+      sparse = i in config.sparse_layers(stack)
+      layer = f'{stack}/layers_{i}'
+      experts = f'{layer}/ffn/experts'
+      params = sources.subtree(source, layer, skip=experts)
+      acts.run_layer(params, sparse=sparse)
+      if sparse:
+        self._experts(acts, stack, f'{layer}/ffn', special)
+      self._bar.update()
+    acts.finish()
+    return acts
+
+  def _experts(self, acts, stack, path, special) -> None:
+    if path not in self.targets:
+      self._run_uncompressed(acts, path)
+      return
+    context = _Context(
+        self.config, acts, self.step.calibration(), self.work, path,
+        self.data.calibration_tokens(stack), special,
+    )
+    for group in self.step.layer(self.plan, path, self.source, context):
+      self.rows.extend(dict(row) for row in group.rows)
+      dense = {name: parts.group_dense(group, name) for name in group.parts}
+      for i, expert in enumerate(group.experts):
+        acts.run_expert(expert, {name: w[i] for name, w in dense.items()})
+      if self.work is None:
+        self._memory.setdefault(path, []).append(group)
+
+  def _run_uncompressed(self, acts, path) -> None:
+    leaves = {p.rpartition('/')[2]: p for p in _experts_under(self.source, path)}
+    nodes = {
+        name: self.source.read(p) for name, p in leaves.items()
+        if isinstance(self.source.abstract(p), weights.WeightNode)
+    }
+    for expert in range(self.config.moe.num_experts):
+      own = {
+          name: np.asarray(
+              nodes[name].expert(expert, jnp.float32) if name in nodes
+              else self.source.read_expert(p, expert), np.float32,
+          )
+          for name, p in leaves.items()
+      }
+      acts.run_expert(expert, own)
+
+  def _validation_loss(self, embedding) -> float | None:
+    if not self.data.validation:
+      return None
+    tail = self.data.samples[len(self.data.samples) - self.data.validation :]
+    tokens = sum(len(s.decoder) for s in tail)
+    tied = self.config.tie_embeddings
+    head = np.asarray(embedding).T if tied else self.source.read('lm_head/kernel')
+    losses = activations.token_losses(
+        self.config, self.decoder.buffer[-tokens:], jnp.asarray(head, jnp.float32),
+        np.concatenate([s.targets for s in tail]),
+    )
+    weight = np.concatenate([s.weights for s in tail])
+    return float((losses.astype(np.float64) * weight).sum() / weight.sum())

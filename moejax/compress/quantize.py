@@ -1,0 +1,176 @@
+"""quantize(...): QMoE (arXiv 2310.16795) as a Transform over the experts of a model."""
+
+from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax import weights
+from moejax.compress import base, hessian_core, matrix, parts
+from moejax.errors import UserError, did_you_mean
+from moejax.ops import ffn
+
+STORAGES = ('moejax', 'qmoe_v1', 'dense')
+METHODS = ('gptq', 'rtn')
+_ROWS = 2048
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Quantize(base.Transform):
+  """Expert weights to ternary, 2, 3 or 4 bits; make one with `quantize` or `qmoe`."""
+
+  matrix: matrix.Settings
+  true_sequential: bool
+  mask_special: bool
+  expert_group: int
+  token_cap_factor: float
+  layers: str
+
+  def calibration(self) -> base.Calibration:
+    return base.Calibration(
+        mask_special=self.mask_special, token_cap_factor=self.token_cap_factor
+    )
+
+  def accepts(self, path: str, leaf: Any) -> None:
+    if isinstance(leaf, weights.WeightNode):
+      raise UserError(
+          f'{path} is a {type(leaf).__name__} node: quantize takes uncompressed weights; '
+          'start from the model before it was compressed'
+      )
+
+  def layer(
+      self, plan: Mapping[str, Any], path: str, source: base.LeafSource,
+      context: base.LayerContext,
+  ) -> Iterator[parts.Group]:
+    del plan
+    experts = range(context.num_experts)
+    for start in range(0, context.num_experts, self.expert_group):
+      ids = tuple(experts[start : start + self.expert_group])
+      yield context.group(ids, functools.partial(self._group, path, source, context, ids))
+
+  def _group(self, path, source, context, ids) -> parts.Group:
+    inputs = context.inputs(ids)
+    names = [n for n in ('gate', 'wi', 'wo') if f'{path}/experts/{n}' in source.paths()]
+    read = lambda name: [source.read_expert(f'{path}/experts/{name}', e) for e in ids]
+    result: dict[str, list[parts.Part]] = {}
+    rows: list[dict[str, Any]] = []
+    own: dict[str, Any] = {}
+    h_in = matrix.hessians(inputs)
+    tokens = [len(x) for x in inputs]
+
+    def run(name, stacked, h):
+      weight = f'{path}/experts/{name}'
+      out = matrix.quantize_matrices(stacked, h, tokens, self.matrix, weight, ids)
+      result[name] = list(out.parts)
+      rows.extend({'transform': self.name, **row} for row in out.rows)
+
+    for name in names:
+      if name == 'wo':
+        continue
+      own[name] = np.stack(read(name))
+      run(name, own[name], h_in)
+    if self.true_sequential:
+      group = parts.Group(experts=ids, parts=result, rows=rows)
+      own = {name: parts.group_dense(group, name) for name in own}
+    hidden = _hidden_hessians(own, inputs, context.config.activation)
+    run('wo', np.stack(read('wo')), hidden)
+    order = {name: i for i, name in enumerate(names)}
+    rows.sort(key=lambda row: (row['expert'], order[row['path'].rpartition('/')[2]]))
+    return parts.Group(experts=ids, parts={n: result[n] for n in names}, rows=rows)
+
+
+@functools.partial(jax.jit, static_argnames=('activation',))
+def _hidden_gram(weights_df: Mapping[str, jax.Array], x_md: jax.Array, activation: str):
+  """Gram matrix of the inputs of wo."""
+  act = ffn.ACTIVATIONS[activation]
+  dot = lambda name: x_md @ weights_df[name].astype(jnp.float32)
+  hidden = act(dot('gate')) * dot('wi') if 'gate' in weights_df else act(dot('wi'))
+  return hessian_core.gram(hidden)
+
+
+def _hidden_hessians(
+    own: Mapping[str, np.ndarray], inputs: Sequence[np.ndarray], activation: str
+) -> jax.Array:
+  grams, hidden_size = [], own['wi'].shape[2]
+  for i, x in enumerate(inputs):
+    mine = {name: jnp.asarray(w[i]) for name, w in own.items()}
+    gram = jnp.zeros((hidden_size, hidden_size), jnp.float32)
+    for chunk in matrix.chunks(x, _ROWS):
+      gram = gram + _hidden_gram(mine, chunk, activation)
+    grams.append(gram)
+  return hessian_core.scale_gram(jnp.stack(grams), np.array([len(x) for x in inputs]))
+
+
+def quantize(
+    bits: str | int = 'ternary', *, method: str = 'gptq', damping: float = 0.1,
+    block_size: int = 128, act_order: bool = False, group_size: int | None = None,
+    symmetric: bool = False, true_sequential: bool = False, refit: bool = True,
+    refit_ridge: float = 0.1, grid_scale: float = 1.0, threshold: float = 0.5,
+    search: matrix.Search | None = None, storage: str = 'moejax', level_dtype: str = 'bfloat16',
+    max_error: float | None = None, mask_special: bool = True, expert_group: int = 16,
+    token_cap_factor: float = 4.0, layers: str = '.*',
+) -> Quantize:
+  """Quantizes the experts of a mixture of experts, layer by layer, with its own inputs (QMoE).
+
+  Args:
+    bits: 'ternary' (below one bit a weight as stored), 2, 3 or 4.
+    method: 'gptq', or 'rtn' for plain rounding.
+    damping: share of the Hessian's mean diagonal that GPTQ adds to it (QMoE section 4: 0.1).
+    block_size: inputs swept between matmuls; matters only with group_size.
+    act_order: GPTQ takes the inputs by falling Hessian diagonal.
+    group_size: inputs that share a grid, for 2 to 4 bits; None for one grid an output.
+    symmetric: grids symmetric about 0.
+    true_sequential: wo is calibrated behind the quantized wi instead of the original.
+    refit: levels refitted by least squares after GPTQ; not with group_size. refit_ridge: how much
+      that holds to the weights where tokens are few.
+    grid_scale, threshold: the ternary (or b-bit) range, and the share of it that rounds to a level.
+    search: chooses grid_scale and threshold for each matrix instead.
+    storage: 'moejax'; 'qmoe_v1' for the published format; 'dense' for plain arrays of the
+      quantized values.
+    level_dtype: dtype levels are stored in: 'bfloat16', 'float32', or 'weights' for the weights'.
+    max_error: a matrix whose relative output error is over it is stored at 2, 3, 4 bits, then bf16.
+    mask_special, token_cap_factor: see `base.Calibration`.
+    expert_group: experts in memory at a time; the unit of resume.
+    layers: a regex of FFN paths ('decoder/.*'); others stay as they are.
+
+  Raises:
+    UserError: an unknown value, or a combination that no storage holds.
+  """
+  _one_of('method', method, METHODS)
+  _one_of('storage', storage, STORAGES)
+  _one_of('level_dtype', level_dtype, ('bfloat16', 'float32', 'weights'))
+  settings = matrix.Settings(
+      bits=bits, method=method, damping=damping, block_size=block_size, act_order=act_order,
+      group_size=group_size, symmetric=symmetric, refit=refit and group_size is None,
+      refit_ridge=refit_ridge, grid_scale=grid_scale, threshold=threshold, search=search,
+      storage=storage, level_dtype=level_dtype, max_error=max_error,
+  )
+  if expert_group < 1 or token_cap_factor < 0:
+    raise UserError(
+        f'expert_group = {expert_group} must be at least 1, token_cap_factor = '
+        f'{token_cap_factor} at least 0'
+    )
+  return Quantize(
+      matrix=settings, true_sequential=true_sequential, mask_special=mask_special,
+      expert_group=expert_group, token_cap_factor=token_cap_factor, layers=layers,
+  )
+
+
+def qmoe(bits: str | int = 'ternary', **changes) -> Quantize:
+  """`quantize` exactly as published: no refit, levels in the weights' dtype, QMoE's own format."""
+  published: dict[str, Any] = {
+      'refit': False, 'level_dtype': 'weights',
+      'storage': 'qmoe_v1' if bits == 'ternary' else 'moejax',
+  }
+  return quantize(bits, **{**published, **changes})
+
+
+def _one_of(name: str, value: str, known: Sequence[str]) -> None:
+  if value not in known:
+    raise UserError(f'{name} = {value!r}: one of {known}{did_you_mean(str(value), known)}')
+
+

@@ -1,0 +1,53 @@
+"""Stored size of compressed experts from shapes alone."""
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from moejax.codec import packing, qmoe_v1, ternary
+from moejax.codec.ternary import default_block_rows
+
+_SAMPLE_WEIGHTS = 1 << 20
+
+
+@functools.lru_cache(maxsize=4096)
+def _payload(zero_share: float, rows: int, cols: int, storage: str) -> float:
+  """Codeword bits a weight of independent symbols, measured by coding some."""
+  rng = np.random.default_rng(0)
+  sample = max(1, min(rows, _SAMPLE_WEIGHTS // cols))
+  zero = rng.random((sample, cols)) < zero_share
+  symbols = np.where(zero, 0, rng.integers(1, 3, (sample, cols))).astype(np.uint8)
+  if storage == 'qmoe_v1':
+    return 16 * qmoe_v1.encode(symbols)[0].size / symbols.size
+  block = min(default_block_rows(rows, cols), sample)
+  return 16 * ternary.encode(symbols[None], block_rows=block).words_w.size / symbols.size
+
+
+def ternary_bits_per_weight(
+    zero_share: Any, *, rows: int, cols: int, storage: str = 'moejax', level_bits: int = 16
+) -> np.ndarray:
+  """Bits a weight of ternary matrices of `rows` outputs and `cols` inputs, all metadata counted.
+
+  Args:
+    zero_share: share of zeros, a number or an array; rounded to 1/1000.
+    storage: 'moejax' or 'qmoe_v1' ('dense' counts as moejax).
+    level_bits: bits of each of the two levels of an output.
+  """
+  shares = np.round(np.asarray(zero_share, np.float64), 3)
+  known = {p: _payload(float(p), rows, cols, storage) for p in np.unique(shares)}
+  payload = np.vectorize(known.__getitem__, otypes=[np.float64])(shares)
+  weights = rows * cols
+  if storage == 'qmoe_v1':
+    return payload + (2 * level_bits * rows + 32 * (rows + 1)) / weights
+  blocks = -(-rows // default_block_rows(rows, cols))
+  return payload + (2 * level_bits * rows + 32 * (blocks + 1) + 8) / weights
+
+
+def packed_bits_per_weight(
+    bits: int, *, rows: int, cols: int, group_size: int | None = None, level_bits: int = 16
+) -> float:
+  """Bits a weight of 2- to 4-bit matrices, all metadata counted; exact."""
+  groups = -(-cols // group_size) if group_size else 1
+  words = packing.words_per_row(cols, bits)
+  return (32 * words + 2 * level_bits * groups) / cols
