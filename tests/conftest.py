@@ -11,12 +11,16 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('HF_DATASETS_OFFLINE', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
 
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import jax
+import pytest
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 _HAS_TORCH = importlib.util.find_spec('torch') is not None
+
+
+def pytest_addoption(parser):
+  parser.addoption('--update-golden', action='store_true', help='rewrite golden files')
 
 
 def pytest_configure(config):
