@@ -18,19 +18,35 @@ from typing import Any
 __version__ = '0.1.0'
 
 _PUBLIC = {
+    # models
     'Model': 'moejax.model',
-    'apply_fn': 'moejax.model',
-    'init_params': 'moejax.model',
-    'abstract_params': 'moejax.model',
     'ModelConfig': 'moejax.config',
     'MoeConfig': 'moejax.config',
     'Experiment': 'moejax.config',
     'preset': 'moejax.presets',
-    'UserError': 'moejax.errors',
+    'apply_fn': 'moejax.model',
+    'init_params': 'moejax.model',
+    'abstract_params': 'moejax.model',
     'Routing': 'moejax.routing.types',
     'expert_dot': 'moejax.ops.expert_dot',
+    'UserError': 'moejax.errors',
+    # sharding and training
     'make_mesh': 'moejax.sharding',
     'param_shardings': 'moejax.sharding',
+    # conversion
+    'from_hf': 'moejax.convert.folder',
+    'to_hf': 'moejax.convert.folder',
+    # compression
+    'quantize': 'moejax.compress.quantize',
+    'qmoe': 'moejax.compress.quantize',
+    'chain': 'moejax.compress.base',
+    'gptq': 'moejax.compress.gptq_core',
+    'rtn': 'moejax.compress.gptq_core',
+    'Ternary': 'moejax.weights',
+    'TernaryV1': 'moejax.weights',
+    'Packed': 'moejax.weights',
+    # accounting
+    'summary': 'moejax.account',
 }
 
 __all__ = sorted(_PUBLIC)
