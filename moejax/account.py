@@ -5,6 +5,7 @@ nodes) do; a model of a trillion parameters is accounted for without allocating 
 """
 
 from collections.abc import Mapping
+import functools
 import math
 from typing import Any
 
@@ -23,6 +24,12 @@ QMOE_PUBLISHED: dict[str, tuple[float, float, float]] = {
     'switch-large-128': (0.864, 3.96, 16 / 18.34),
     'switch-c-2048': (0.886, 158.6, 16 / 20.07),
 }
+
+
+@functools.lru_cache(maxsize=16)
+def shapes(config: ModelConfig, dtype: Any = np.dtype(np.float32)) -> dict[str, Any]:
+  """A model's weights by path, as ShapeDtypeStructs."""
+  return tree.flatten(model.abstract_params(config, dtype))
 
 
 def stored_bits(leaf: Any) -> int:
@@ -90,10 +97,9 @@ def forward_flops(config: ModelConfig, source: int, target: int, params: Any = N
     source, target: encoder and decoder tokens.
     params: the params if their shapes are not the config's own (low rank, fewer experts).
   """
-  params = model.abstract_params(config) if params is None else params
+  flat = shapes(config) if params is None else tree.flatten(params)
   total = sum(
-      path_flops(path, tuple(leaf.shape), config, source, target)
-      for path, leaf in tree.flatten(params).items()
+      path_flops(path, tuple(leaf.shape), config, source, target) for path, leaf in flat.items()
   )
   pairs = config.num_layers * source**2 + config.num_decoder_layers * (target**2 + target * source)
   return total + 4.0 * config.num_heads * config.d_kv * pairs
@@ -195,7 +201,7 @@ def predicted(
     UserError: a share is not in [0, 1], or an expert path has none.
   """
   other, bits, size = 0, 0.0, 0
-  for path, leaf in tree.flatten(model.abstract_params(config, dtype)).items():
+  for path, leaf in shapes(config, np.dtype(dtype)).items():
     if part_of(path) != 'experts':
       other += stored_bits(leaf)
       continue
@@ -222,11 +228,11 @@ def published_sizes() -> list[dict[str, Any]]:
   rows = []
   for name, (share, published_gb, published_rate) in QMOE_PUBLISHED.items():
     config = presets.preset(name)
-    flat = tree.flatten(model.abstract_params(config, ml_dtypes.bfloat16))
-    shapes = [leaf.shape for path, leaf in flat.items() if part_of(path) == 'experts']
-    size = sum(math.prod(s) for s in shapes)
+    flat = shapes(config, np.dtype(ml_dtypes.bfloat16))
+    experts = [leaf.shape for path, leaf in flat.items() if part_of(path) == 'experts']
+    size = sum(math.prod(s) for s in experts)
     other = sum(stored_bits(leaf) for path, leaf in flat.items() if part_of(path) != 'experts')
-    kinds = {s: shapes.count(s) for s in shapes}
+    kinds = {s: experts.count(s) for s in experts}
     v1 = sum(n * ternary_v1_bits(s, share) for s, n in kinds.items())
     v1_metadata = sum(n * s[0] * (64 * s[2] + 32) for s, n in kinds.items())
     ours = sum(n * ternary_bits(s, share) for s, n in kinds.items())

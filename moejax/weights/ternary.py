@@ -162,23 +162,30 @@ class Ternary(base.WeightNode):
           codes, np.diff(row), sizes, tunstall.table(int(design[i])), name=f'expert {i}'
       )
 
-  def ternary_rows(self, i: jax.Array | int) -> jax.Array:
-    """{-1, 0, 1} of one expert, int8 [f, d]; i may be traced."""
+  def locate(
+      self, i: jax.Array | int
+  ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Of one expert (i may be traced): shard, offsets, place of its table in `designs`, levels."""
     e, shards = self.design.shape[0], self.words.shape[0]
     i = jnp.asarray(i, jnp.int32)
     place = np.zeros(len(tunstall.DESIGNS), np.int32)
     place[list(self.designs)] = np.arange(len(self.designs))
     pick = lambda a: jax.lax.dynamic_index_in_dim(jnp.asarray(a), i, 0, keepdims=False)
+    table = jnp.asarray(place)[pick(self.design)]
+    return i // (e // shards), pick(self.offsets), table, pick(self.levels)
+
+  def ternary_rows(self, i: jax.Array | int) -> jax.Array:
+    """{-1, 0, 1} of one expert, int8 [f, d]; i may be traced."""
+    shard, offsets, table, _ = self.locate(i)
     return ternary_jax.decode_matrix(
-        jnp.asarray(self.words), i // (e // shards), pick(self.offsets),
-        jnp.asarray(place)[pick(self.design)],
+        jnp.asarray(self.words), shard, offsets, table,
         designs=self.designs, rows=self.rows, cols=self.cols, block_rows=self.block_rows,
         max_words=self.max_words,
     )
 
   def expert_rows(self, i: jax.Array | int, dtype: Any) -> jax.Array:
-    levels = jax.lax.dynamic_index_in_dim(jnp.asarray(self.levels), i, 0, keepdims=False)
-    return ternary_jax.apply_levels(self.ternary_rows(i), levels.astype(dtype))
+    levels = self.locate(i)[3].astype(dtype)
+    return ternary_jax.apply_levels(self.ternary_rows(i), levels)
 
 
 def _longest(offsets_eb: np.ndarray) -> int:

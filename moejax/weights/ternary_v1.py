@@ -57,7 +57,7 @@ class TernaryV1(base.WeightNode):
     base.require(
         symbols.min() >= 0 and symbols.max() <= 2, 'ternary symbols are 0, 1 and 2'
     )
-    levels = base.row_levels(levels, *symbols.shape[:2], level_dtype)
+    levels = base.row_levels(levels, symbols.shape[0], symbols.shape[1], level_dtype)
     coded, extremes = [], []
     for own, level in zip(symbols, levels.astype(np.float32)):
       values = np.where(own == 2, level[:, 1:], np.where(own == 1, level[:, :1], np.float32(0)))
@@ -102,7 +102,7 @@ class TernaryV1(base.WeightNode):
     return node
 
   def matrix(self, i: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One expert as QMoE's tensors: codes, int32 row offsets from 0, interleaved levels [2 rows]."""
+    """One expert as QMoE's tensors: codes, row offsets from 0, interleaved levels [2 rows]."""
     offsets = np.asarray(self.row_offsets)[i].astype(np.int64)
     codes = np.asarray(self.words)[offsets[0] : offsets[-1]]
     levels = np.asarray(self.levels)[i].reshape(-1)

@@ -173,7 +173,8 @@ def test_damage_is_noticed(change):
 
 
 @pytest.mark.parametrize(
-    'symbols', [np.full((1, 2, 2), 3), np.full((1, 2, 2), -1), np.zeros((2, 2)), np.zeros((1, 0, 2))]
+    'symbols',
+    [np.full((1, 2, 2), 3), np.full((1, 2, 2), -1), np.zeros((2, 2)), np.zeros((1, 0, 2))],
 )
 def test_bad_symbols_are_refused(symbols):
   with pytest.raises(UserError):

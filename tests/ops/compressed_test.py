@@ -68,6 +68,25 @@ def test_gradient_in_x_equals_the_dense_one(name):
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize('expert', [0, 4, None])
+def test_one_token_goes_straight_from_the_codes(expert):
+  shares = (0.885, 0.5, 1.0, 0.95, 0.7)
+  rng = np.random.default_rng(0)
+  s = np.stack([
+      rng.choice(3, size=(ROWS, COLS), p=[p, (1 - p) / 2, (1 - p) / 2]) for p in shares
+  ])
+  node = weights.Ternary.from_symbols(s, levels((5, ROWS)))
+  x = jax.random.normal(jax.random.key(0), (1, COLS))
+  sizes = np.zeros(5, np.int32)
+  if expert is not None:
+    sizes[expert] = 1
+  want = np.zeros(ROWS) if expert is None else x[0] @ node.expert(expert, jnp.float32)
+  run = jax.jit(expert_dot)
+  np.testing.assert_allclose(run(x, node, sizes)[0], want, rtol=1e-5, atol=1e-5)
+  memory = run.lower(x, node, sizes).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < 40 * node.max_words + 2**16
+
+
 @pytest.mark.parametrize('name', ['gptq', 'synthetic'])
 def test_qmoe_matvec_vectors(name):
   vectors = np.load(VECTORS / 'sub1linear.npz')
