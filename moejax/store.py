@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moejax import config as config_lib
@@ -246,6 +245,6 @@ def load_folder(
     UserError: anything missing, corrupt, mixed up, or NaN, by file and name.
   """
   source = Source(folder, verify=verify)
-  put = place or (lambda _, leaf: jax.tree.map(lambda a: jnp.array(a, copy=True), leaf))
+  put = place or (lambda _, leaf: jax.block_until_ready(jax.device_put(leaf, may_alias=False)))
   flat = {path: put(path, source.read(path)) for path in source.paths()}
   return source.config, tree.unflatten(flat)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
@@ -90,7 +89,7 @@ def from_hf(
     UserError: anything missing, extra, misshapen, unknown or corrupt, by its name.
   """
   source = HfSource(folder, dtype)
-  put = place or (lambda _, array: jax.block_until_ready(jnp.array(array, copy=True)))
+  put = place or (lambda _, array: jax.block_until_ready(jax.device_put(array, may_alias=False)))
   flat = {path: put(path, source.read(path).assemble()) for path in source.paths()}
   return Model(source.config, tree.unflatten(flat))
 

@@ -1,8 +1,9 @@
 """Tiny Hugging Face folders: made by torch and transformers, or (without them) by us."""
 
-import jax
+import numpy as np
 import pytest
 
+from moejax import tree
 from moejax.config import ModelConfig, MoeConfig
 from moejax.convert import folder as convert
 from moejax.model import Model
@@ -17,9 +18,18 @@ def tiny_config(**kwargs):
   return ModelConfig(**{**SIZES, 'family': 'switch', 'moe': moe, **kwargs})
 
 
-@pytest.fixture
+def random_model(config):
+  """Random params of the shapes the rules know, made without tracing the model."""
+  rng = np.random.default_rng(0)
+  entries = convert.entries(config)
+  return Model(config, tree.unflatten({
+      e.ours: rng.normal(size=e.shape).astype(np.float32) * 0.3 for e in entries
+  }))
+
+
+@pytest.fixture(scope='session')
 def switch_model():
-  return Model.init(tiny_config(), jax.random.key(0))
+  return random_model(tiny_config())
 
 
 @pytest.fixture
