@@ -12,12 +12,13 @@ import threading
 
 from absl import app, flags, logging
 
-from moejax import config as config_lib, errors
+from moejax import config as config_lib
+from moejax import errors
 
 
 def define_config_flags() -> None:
   """Defines --config and --set."""
-  flags.DEFINE_string('config', None, 'Config file with get_config(), as FILE.py or FILE.py:VARIANT.')
+  flags.DEFINE_string('config', None, 'File with get_config(), as FILE.py or FILE.py:VARIANT.')
   flags.DEFINE_multi_string('set', [], 'Override one field: path.to.field=value. Can be repeated.')
 
 
@@ -54,14 +55,12 @@ def require(*names: str) -> None:
       raise errors.UserError(f'--{name} is missing; see --help')
 
 
-def parse_flags(argv: Sequence[str]) -> list[str]:
+def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
   """Parses flags; a wrong one raises UserError with the nearest name."""
   try:
-    rest = flags.FLAGS(list(argv))
+    rest = values(list(argv))
   except flags.UnrecognizedFlagError as error:
-    mine = flags.FLAGS.flags_by_module_dict()
-    known = [flag.name for module in mine for flag in mine[module]]
-    hint = errors.did_you_mean(error.flagname, known)
+    hint = errors.did_you_mean(error.flagname, list(values))
     raise errors.UserError(f'unknown flag --{error.flagname}{hint}') from error
   except flags.Error as error:
     raise errors.UserError(re.sub(r'\s+', ' ', str(error))) from error

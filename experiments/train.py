@@ -24,7 +24,7 @@ def main() -> None:
   experiment = common.load_config(flags.FLAGS.config, flags.FLAGS.set)
   if _DISTRIBUTED.value:
     jax.distributed.initialize()
-  result = loop.run(experiment, _WORKDIR.value, should_stop=common.stop_on_signals())
+  result = loop.run(experiment, str(_WORKDIR.value), should_stop=common.stop_on_signals())
   print(json.dumps(result))
 
 

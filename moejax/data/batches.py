@@ -16,7 +16,8 @@ import jax
 import numpy as np
 
 from moejax import errors
-from moejax.data import span_corruption, tokenizer as tokenizer_lib
+from moejax.data import span_corruption
+from moejax.data import tokenizer as tokenizer_lib
 
 Batch = dict[str, Any]
 _ORDER, _CUT, _NOISE = range(3)  # random streams
@@ -63,8 +64,8 @@ def tokenize(documents: Iterable[str], tokenizer: tokenizer_lib.Tokenizer, name:
 class SpanBatches:
   """Span-corrupted batches of a corpus, by index.
 
-  A document of L tokens gives ceil(L / T) windows of at most T tokens; no window crosses a document.
-  In training every epoch has its own order, window cuts and noise. With `fixed=True` (evaluation)
+  A document of L tokens gives ceil(L / T) windows of at most T tokens; none crosses a document. In
+  training every epoch has its own order, window cuts and noise. With `fixed=True` (evaluation)
   the cuts and the noise depend on the seed alone and samples come in order.
   """
 

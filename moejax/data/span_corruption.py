@@ -49,7 +49,7 @@ def lengths_for(inputs_length: int, noise_density: float = 0.15, mean_span: floa
         f'{mean_span}; set data.noise_density and data.mean_span'
     )
   if inputs_length < 3:
-    raise errors.UserError(f'data.encoder_length is {inputs_length}; span corruption needs at least 3')
+    raise errors.UserError(f'data.encoder_length = {inputs_length}: at least 3')
 
   def corrupted(length: int) -> tuple[int, int, int]:
     noise, spans = noise_counts(length, noise_density, mean_span)

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from moejax import config as config_lib, errors, files
+from moejax import config as config_lib
+from moejax import errors, files
 from moejax.train import state as state_lib
 
 _FIXED = ('model', 'optim.optimizer', 'data.num_sentinels')

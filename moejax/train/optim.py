@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 import optax.contrib
 
-from moejax import config as config_lib, errors, tree
+from moejax import config as config_lib
+from moejax import errors, tree
 
 SCHEDULES = ('constant', 'cosine', 'linear', 'rsqrt', 'wsd')
 OPTIMIZERS = ('adamw', 'adafactor', 'muon')

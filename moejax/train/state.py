@@ -4,11 +4,12 @@ import dataclasses
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import optax
 
-from moejax import config as config_lib, model, sharding, tree
+from moejax import config as config_lib
+from moejax import model, sharding, tree
 
 
 @jax.tree_util.register_dataclass

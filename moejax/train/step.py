@@ -4,11 +4,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import optax
 
-from moejax import config as config_lib, errors, model, sharding
+from moejax import config as config_lib
+from moejax import errors, model, sharding
 from moejax.routing.types import Routing
 from moejax.train import state as state_lib
 
@@ -20,7 +21,7 @@ COMPUTE_DTYPES = ('float32', 'bfloat16')
 def cross_entropy(
     logits_btv: jax.Array, targets_bt: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """-log softmax(logits)[target], float32 [b, t] in nats, and whether the target has the top logit."""
+  """Returns -log softmax(logits)[target], float32 [b, t] in nats, and where it is the top logit."""
   logits_btv = logits_btv.astype(jnp.float32)
   picked = jnp.take_along_axis(logits_btv, targets_bt[..., None], axis=-1)[..., 0]
   hit = picked >= jax.lax.stop_gradient(logits_btv).max(axis=-1)
@@ -44,10 +45,6 @@ def forward(
 ) -> model.Output:
   """Applies the model to a batch; with a key in training mode (dropout, router jitter)."""
   config, train = experiment.model, experiment.train
-  if train.compute_dtype not in COMPUTE_DTYPES:
-    raise errors.UserError(
-        f'train.compute_dtype = {train.compute_dtype!r}: one of {COMPUTE_DTYPES}'
-    )
   skip_padding = config.moe is not None and config.moe.router_ignore_padding_tokens
   return model.apply_fn(
       config,
@@ -64,12 +61,21 @@ def forward(
   )
 
 
-def routing_metrics(routings: Mapping[str, Routing]) -> Metrics:
-  """Expert load [e] of each layer, and tokens routed; sums, so that microbatches add up."""
+def routing_metrics(
+    config: config_lib.ModelConfig, routings: Mapping[str, Routing], batch: Batch
+) -> Metrics:
+  """Expert load [e] of each layer, and tokens to be routed; sums, so that microbatches add up.
+
+  Padding counts as routed unless the config keeps it from the experts.
+  """
+  skip_padding = config.moe is not None and config.moe.router_ignore_padding_tokens
   metrics: Metrics = {}
   for path, routing in routings.items():
+    real = jnp.sum(batch['encoder_tokens'] != config.pad_id if path.startswith('encoder/')
+                   else batch['weights'] > 0)
+    routed = real if skip_padding else routing.choice_mk.shape[0]
     metrics[f'load/{path}'] = routing.load_e.astype(jnp.float32)
-    metrics[f'tokens/{path}'] = jnp.float32(routing.choice_mk.size)
+    metrics[f'tokens/{path}'] = jnp.float32(routed * routing.choice_mk.shape[1])
   return metrics
 
 
@@ -130,7 +136,7 @@ def loss_fn(
       'load_balance_loss': balance,
       'z_loss': z,
       'accuracy': jnp.sum(hits * batch['weights']) / total_weight,
-      **routing_metrics(output.routings),
+      **routing_metrics(experiment.model, output.routings, batch),
   }
   return loss, metrics
 
@@ -211,7 +217,7 @@ def eval_step(
       'content_loss': jnp.sum(losses * content),
       'content_accuracy': jnp.sum(hits * content),
       'content_weight': jnp.sum(content),
-      **routing_metrics(output.routings),
+      **routing_metrics(experiment.model, output.routings, batch),
   }
 
 

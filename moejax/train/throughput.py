@@ -1,4 +1,4 @@
-"""FLOPs of a training step from shapes, and the peak they are a share of."""
+"""FLOPs of a training step from shapes, the peak they are a share of, and the meter of a run."""
 
 import math
 import time
@@ -6,38 +6,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from moejax import config as config_lib, model, tree
-
-
-def forward_flops(config: config_lib.ModelConfig, source: int, target: int) -> float:
-  """Floating-point operations of one forward pass on one sample of `source` + `target` tokens.
-
-  Two per weight and token in every matmul, attention scores and mixtures included; a token uses one
-  expert of a sparse layer. Look-ups, norms and softmaxes are not counted.
-  """
-  params = tree.flatten(model.abstract_params(config))
-  total = 0.0
-  for path, leaf in params.items():
-    size = math.prod(leaf.shape)
-    if path == 'shared/embedding':
-      total += 2.0 * size * target if config.tie_embeddings else 0.0
-    elif leaf.ndim < 2 or path.endswith('relative_bias'):
-      continue
-    else:
-      used = size / config.moe.num_experts if '/experts/' in path and config.moe else size
-      from_source = path.startswith('encoder/') or path.endswith(
-          ('cross_attention/k', 'cross_attention/v')
-      )
-      total += 2.0 * used * (source if from_source else target)
-  inner = config.num_heads * config.d_kv
-  pairs = config.num_layers * source**2 + config.num_decoder_layers * (target**2 + target * source)
-  return total + 4.0 * inner * pairs
+from moejax import account
+from moejax import config as config_lib
+from moejax.data import span_corruption
 
 
 def train_flops(config: config_lib.ModelConfig, samples: int, source: int, target: int) -> float:
   """Operations of a training step: forward, and twice that backward; recomputation not counted."""
-  return 3.0 * samples * forward_flops(config, source, target)
+  return 3.0 * samples * account.forward_flops(config, source, target)
 
 
 def measure_peak(dtype: Any, seconds: float = 0.3) -> float:
@@ -52,3 +30,53 @@ def measure_peak(dtype: Any, seconds: float = 0.3) -> float:
     jax.block_until_ready(dot(a))
     best = min(best, time.perf_counter() - start)
   return 2.0 * n**3 / best if best < math.inf else 0.0
+
+
+class Meter:
+  """Averages metrics between two log lines and turns them into speeds.
+
+  The very first step, which compiles, counts in the means but not in the speeds.
+  """
+
+  def __init__(self, flops_per_step: float, peak: float):
+    self._flops, self._peak = flops_per_step, peak
+    self._rows: list[Any] = []
+    self._compiled = False
+    self.reset()
+
+  def reset(self) -> None:
+    """Starts a new interval now."""
+    self._rows.clear()
+    self._untimed = 0
+    self._start = time.monotonic()
+
+  def add(self, metrics: Any) -> None:
+    self._rows.append(metrics)
+    if not self._compiled:
+      jax.block_until_ready(metrics)
+      self._compiled, self._untimed = True, 1
+      self._start = time.monotonic()
+
+  def means(self) -> dict[str, Any]:
+    """Waits for the steps of the interval and closes it; speeds are left out if none was timed."""
+    rows = jax.device_get(self._rows)
+    timed = rows[self._untimed :]
+    seconds = time.monotonic() - self._start
+    means = {name: np.mean([row[name] for row in rows], axis=0) for name in rows[0]}
+    if timed:
+      means['tokens_per_second'] = sum(row['tokens'] for row in timed) / seconds
+      means['seconds_per_step'] = seconds / len(timed)
+      if self._peak > 0:
+        means['model_flops_utilisation'] = self._flops * len(timed) / seconds / self._peak
+    self.reset()
+    return means
+
+
+def make_meter(
+    experiment: config_lib.Experiment, lengths: span_corruption.Lengths, devices: int
+) -> Meter:
+  """A meter that knows the step's FLOPs and the peak of all devices."""
+  train = experiment.train
+  peak = train.peak_flops_per_second or measure_peak(train.compute_dtype)
+  flops = train_flops(experiment.model, train.batch_size, lengths.inputs, lengths.targets)
+  return Meter(flops, peak * devices)

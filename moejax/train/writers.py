@@ -80,7 +80,7 @@ class JsonLines:
         partial = self._path.with_name(self._path.name + '.partial')
         partial.write_text(''.join(line + '\n' for line in kept))
         partial.replace(self._path)
-      self._file = open(self._path, 'a')
+      self._file = open(self._path, 'a')  # noqa: SIM115 - open as long as the run
     except OSError as error:
       raise files.os_error(self._path, error) from error
 

@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from moejax import config as config_lib, errors, sharding
+from moejax import config as config_lib
+from moejax import errors, sharding
 from moejax.data import batches, span_corruption
 
 VOCAB = 1000

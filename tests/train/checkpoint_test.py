@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from moejax import errors
-from moejax.train import checkpoint, state as state_lib
+from moejax.train import checkpoint
+from moejax.train import state as state_lib
 
 _SPEC = importlib.util.spec_from_file_location(
     'train_common', pathlib.Path(__file__).with_name('common.py')

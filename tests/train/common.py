@@ -8,9 +8,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from moejax import config as config_lib, model, sharding
+from moejax import config as config_lib
+from moejax import model, sharding
 from moejax.data import batches, span_corruption
-from moejax.train import optim, state as state_lib, step as step_lib
+from moejax.train import optim
+from moejax.train import state as state_lib
+from moejax.train import step as step_lib
 
 VOCAB = 384
 

@@ -13,7 +13,9 @@ import jax
 import numpy as np
 import pytest
 
-from moejax import config as config_lib, errors, model
+from experiments import flags as common
+from moejax import config as config_lib
+from moejax import errors, model
 from moejax.data import tokenizer
 from moejax.train import loop, writers
 
@@ -104,15 +106,12 @@ def test_killed_at_a_random_step_ends_in_the_same_model(config, tmp_path):
 
 
 def test_a_finished_run_leaves_everything_behind(config, tmp_path):
-  from experiments import flags as common
-
   experiment = common.load_config(
       str(config), ['train.steps=6', 'train.eval_every=3', 'train.save_dtype=bfloat16']
   )
   seen = []
   workdir = tmp_path / 'run'
-  hooks = [seen.append, writers.JsonLines(workdir_made(workdir) / 'metrics.jsonl')]
-  result = loop.run(experiment, workdir, hooks=hooks)
+  result = loop.run(experiment, workdir, hooks=[seen.append])
   assert result['finished'] and result['step'] == 6
   names = {(record.kind, record.step) for record in seen}
   assert names == {*(('train', i) for i in range(1, 7)), ('eval', 3), ('eval', 6)}
@@ -121,7 +120,7 @@ def test_a_finished_run_leaves_everything_behind(config, tmp_path):
       'grad_norm', 'tokens_per_second', 'model_flops_utilisation', 'learning_rate',
       'load/encoder/layers_0/ffn', 'load_entropy/decoder/layers_0/ffn',
   }
-  assert wanted <= set(seen[0].metrics)
+  assert wanted <= set(next(r for r in seen if r.step == 4).metrics)
   saved = model.Model.load(workdir / 'model')
   assert saved.config == experiment.model
   assert {str(x.dtype) for x in jax.tree.leaves(saved.params)} == {'bfloat16'}
@@ -139,14 +138,7 @@ def test_a_finished_run_leaves_everything_behind(config, tmp_path):
   assert loop.run(experiment, workdir, hooks=[idle.append])['step'] == 6 and not idle
 
 
-def workdir_made(path):
-  path.mkdir()
-  return path
-
-
 def test_overfits_a_tiny_text(config, tmp_path):
-  from experiments import flags as common
-
   (tmp_path / 'train.txt').write_text('we the people of the united states in order to form ' * 3)
   experiment = common.load_config(
       str(config),
@@ -161,8 +153,6 @@ def test_overfits_a_tiny_text(config, tmp_path):
 
 
 def test_time_is_up(config, tmp_path):
-  from experiments import flags as common
-
   experiment = common.load_config(str(config), ['train.max_seconds=0.001'])
   result = loop.run(experiment, tmp_path / 'run', hooks=[])
   assert not result['finished'] and result['step'] == 1
@@ -170,23 +160,40 @@ def test_time_is_up(config, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'arguments, message',
+    'setting, message',
     [
-        (['--set', 'train.stepz=3'], r"unknown field 'train\.stepz' \(did you mean 'steps'\?\)"),
-        (['--set', 'train.batch_size=7', '--set', 'train.accumulate=2'], r'train\.batch_size = 7'),
-        (['--wrkdir', 'x'], r"unknown flag --wrkdir \(did you mean 'workdir'\?\)"),
-        (['--set', 'data.train_files=["nowhere.txt"]'], r'data\.train_files: no file matches'),
-        (['--set', 'optim.schedule=cosin'], r"did you mean 'cosine'"),
-        (['--set', 'init_from=nowhere'], r'nowhere'),
+        ('train.stepz=3', r"unknown field 'train\.stepz' \(did you mean 'steps'\?\)"),
+        ('train.accumulate=3', r'train\.batch_size = 8 must be a multiple of train\.accumulate'),
+        ('train.compute_dtype=float16', r"train\.compute_dtype = 'float16'"),
+        ('train.save_dtype=int8', r"train\.save_dtype = 'int8'"),
+        ('data.train_files=["nowhere.txt"]', r'data\.train_files: no file matches nowhere\.txt'),
+        ('data.num_sentinels=0', r'data\.num_sentinels = 0: a sample of'),
+        ('optim.schedule=cosin', r"did you mean 'cosine'"),
+        ('mesh.data=64', r'needs 64 devices, found'),
+        ('init_from=nowhere', r'nowhere'),
     ],
 )
-def test_mistakes_give_one_line(config, tmp_path, arguments, message):
-  done = run(config, tmp_path / 'run', *arguments)
-  assert done.returncode == 2, done.stderr
-  lines = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
-  assert len(lines) == 1 and re.search(message, lines[0]), done.stderr
-  assert 'Traceback' not in done.stderr
+def test_mistakes_in_the_config_are_named(config, tmp_path, setting, message):
+  with pytest.raises(errors.UserError, match=message) as caught:
+    loop.run(common.load_config(str(config), [setting]), tmp_path / 'run', hooks=[])
+  assert '\n' not in str(caught.value)
   assert not (tmp_path / 'run' / 'model').exists()
+
+
+def test_another_tokenizer_is_refused(config, tmp_path):
+  tokenizer.train(['x'], 300, 10).save(tmp_path)
+  experiment = common.load_config(str(config), [f'data.tokenizer={tmp_path}'])
+  with pytest.raises(errors.UserError, match=r'tokenizer has 300 ids, model\.vocab_size is 320'):
+    loop.run(experiment, tmp_path / 'run', hooks=[])
+
+
+def test_a_mistake_ends_in_one_line_and_exit_code_2(config, tmp_path):
+  done = run(config, tmp_path / 'run', '--set', 'train.stepz=3')
+  assert done.returncode == 2, done.stderr
+  assert [line for line in done.stderr.splitlines() if line.startswith('error: ')] == [
+      "error: unknown field 'train.stepz' (did you mean 'steps'?)"
+  ]
+  assert 'Traceback' not in done.stderr
 
 
 def test_a_workdir_that_cannot_be_written_is_named(config, tmp_path):

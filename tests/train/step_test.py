@@ -10,7 +10,8 @@ import pytest
 
 from moejax import errors, sharding, tree
 from moejax.data import batches
-from moejax.train import state as state_lib, step as step_lib
+from moejax.train import state as state_lib
+from moejax.train import step as step_lib
 
 _SPEC = importlib.util.spec_from_file_location(
     'train_common', pathlib.Path(__file__).with_name('common.py')
@@ -127,6 +128,19 @@ def test_dropped_share_under_a_small_capacity():
   _, metrics = made.step(made.state, batch)
   kept = 1.0 - float(metrics['dropped/encoder/layers_0/ffn'])
   assert 0.0 < kept <= 4 * 2 / 32 + 1e-6  # at most capacity x experts of each 32 tokens
+
+
+def test_padding_kept_from_the_experts_is_not_called_dropped():
+  config = common.experiment(model__moe__router_ignore_padding_tokens=True)
+  made = common.setup(config)
+  batch = common.make_batches(config).batch(0)
+  batch = {name: np.pad(x, ((0, 0), (0, 8))) for name, x in batch.items()}
+  output = step_lib.forward(config, made.state.params, batch)
+  metrics = step_lib.routing_metrics(config.model, output.routings, batch)
+  assert metrics['load/encoder/layers_0/ffn'].sum() == (batch['encoder_tokens'] != 0).sum()
+  for stack in ('encoder', 'decoder'):
+    path = f'{stack}/layers_0/ffn'
+    assert metrics[f'load/{path}'].sum() == metrics[f'tokens/{path}']
 
 
 def test_cross_entropy_by_hand():
