@@ -27,7 +27,7 @@ QMOE_PUBLISHED: dict[str, tuple[float, float, float]] = {
 
 
 @functools.lru_cache(maxsize=16)
-def shapes(config: ModelConfig, dtype: Any = np.dtype(np.float32)) -> dict[str, Any]:
+def shapes(config: ModelConfig, dtype: Any = np.float32) -> dict[str, Any]:
   """A model's weights by path, as ShapeDtypeStructs."""
   return tree.flatten(model.abstract_params(config, dtype))
 
@@ -70,7 +70,9 @@ def active_parameters(params: Mapping[str, Any], config: ModelConfig) -> int:
   return total
 
 
-def path_flops(path: str, shape: tuple[int, ...], config: ModelConfig, source: int, target: int):
+def path_flops(
+    path: str, shape: tuple[int, ...], config: ModelConfig, source: int, target: int
+) -> float:
   """Matmul FLOPs of one weight in a forward pass over one sample; see `forward_flops`."""
   size = math.prod(shape)
   if path == 'shared/embedding':
