@@ -35,6 +35,10 @@ _MAX_BATCHES = flags.DEFINE_integer(
 _ENCODER_LENGTH = flags.DEFINE_integer(
     'encoder_length', 0, 'Tokens a sample; 0 takes what the model was trained with.', lower_bound=0
 )
+_EXAMPLES = flags.DEFINE_integer(
+    'examples', 0, 'Also return so many passages with the words the model would fill in.',
+    lower_bound=0,
+)
 _OUT = flags.DEFINE_string('out', None, 'Also write the JSON to this file.')
 
 
@@ -55,9 +59,9 @@ def progress_line(label: str, total: int) -> Callable[[int], None]:
   return show
 
 
-def data_for(folder: str) -> config_lib.DataConfig:
-  """The model's own sample layout, with --encoder_length if given."""
-  data = evaluate.data_config(folder)
+def data_for(*folders: str) -> config_lib.DataConfig:
+  """The models' own sample layout, with --encoder_length if given."""
+  data = evaluate.data_config(*folders)
   if _ENCODER_LENGTH.value:
     data = config_lib.apply_overrides(data, [f'encoder_length={_ENCODER_LENGTH.value}'])
   return data
@@ -81,21 +85,26 @@ def measure(folder: str, against: str | None) -> dict[str, Any]:
   reference = model_lib.Model.load(against) if against else None
   tokenizer = tokenizer_lib.load(folder)
   batches = evaluate.fixed_batches(
-      model.config, data_for(folder), text.documents(_DATA.value, '--data'), tokenizer,
-      batch_size=_BATCH_SIZE.value, name='--data',
+      model.config, data_for(*filter(None, (folder, against))),
+      text.documents(_DATA.value, '--data'), tokenizer, batch_size=_BATCH_SIZE.value,
+      name='--data',
   )
   rows = list(samples.spread(batches, _MAX_BATCHES.value))
   sentinels = tokenizer.num_sentinels
 
-  def run(params, label, other=None):
+  def run(params, label, other=None, examples=0):
     return evaluate.evaluate(
         model_lib.Model(model.config, params), rows, num_sentinels=sentinels, against=other,
-        progress=progress_line(label, len(rows)),
+        examples=examples, progress=progress_line(label, len(rows)),
     )
 
   start = time.monotonic()
   result: dict[str, Any] = {'model': folder, 'data': list(_DATA.value), 'batches': len(rows)}
-  result |= run(model.params, 'evaluate', reference)
+  result |= run(model.params, 'evaluate', reference, _EXAMPLES.value)
+  for example in result.get('examples', ()):
+    example['pieces'], example['fills'] = evaluate.example_pieces(
+        example, tokenizer, model.config.eos_id
+    )
   result['seconds'] = round(time.monotonic() - start, 3)
   if against:
     result['against'] = against

@@ -3,21 +3,22 @@
 from moejax.evaluate.bigram import Bigram
 from moejax.evaluate.metrics import (
     agreement_sums,
-    content_examples,
     evaluate,
+    examples_of,
     layer_loads,
     loss_sums,
     routing_health,
     without_experts,
 )
-from moejax.evaluate.samples import data_config, fixed_batches, previous_tokens
+from moejax.evaluate.samples import data_config, example_pieces, fixed_batches, previous_tokens
 
 __all__ = [
     'Bigram',
     'agreement_sums',
-    'content_examples',
     'data_config',
     'evaluate',
+    'example_pieces',
+    'examples_of',
     'fixed_batches',
     'layer_loads',
     'loss_sums',

@@ -122,7 +122,7 @@ def _batch_sums(params, reference, batch, *, config, against, num_sentinels, dty
     sums |= agreement_sums(output.logits_btv, other.logits_btv, content)
     losses = loss_sums(other.logits_btv, batch, content)
     sums['reference_content_loss'] = losses['content_loss']
-  return sums
+  return sums, jnp.argmax(output.logits_btv, axis=-1)
 
 
 def check_comparable(a: config_lib.ModelConfig, b: config_lib.ModelConfig) -> None:
@@ -142,6 +142,7 @@ def evaluate(
     num_sentinels: int = 100,
     against: model_lib.Model | None = None,
     dtype: Any = jnp.float32,
+    examples: int = 0,
     progress: Progress = lambda done: None,
 ) -> dict[str, Any]:
   """Means over batches, as JSON values; losses in nats a token.
@@ -152,12 +153,13 @@ def evaluate(
     num_sentinels: the top ids that stand for masked spans and are no content.
     against: a model to compare with on the same batches.
     dtype: of the activations.
+    examples: rows of the first batch to return with the model's guesses.
     progress: called with the number of batches done.
 
   Returns:
     {'loss', 'accuracy', 'targets', 'content_loss', 'content_accuracy', 'content_targets',
     'routing': {layer path: see `routing_health`}}, with `against` also {'agreement': {'top1', 'kl',
-    'reference_content_loss'}}.
+    'reference_content_loss'}}, with `examples` also {'examples': see `examples_of`}.
 
   Raises:
     UserError: no batch, or `against` has another vocabulary.
@@ -170,14 +172,16 @@ def evaluate(
   )
   reference = None if against is None else against.params
   sums: dict[str, Any] | None = None
+  rows: list[dict[str, Any]] = []
   for done, batch in enumerate(batches, 1):
-    new = jax.device_get(step(model.params, reference, dict(batch)))
+    new, guesses = jax.device_get(step(model.params, reference, dict(batch)))
+    rows = rows or examples_of(batch, guesses, model.config.pad_id, examples)
     new = {name: np.asarray(value, np.float64) for name, value in new.items()}
     sums = new if sums is None else {name: sums[name] + new[name] for name in sums}
     progress(done)
   if sums is None:
     raise UserError('nothing to evaluate on: the text gives no batch; give a longer text')
-  return _means(sums)
+  return {**_means(sums), **({'examples': rows} if rows else {})}
 
 
 def _means(sums: Mapping[str, Any]) -> dict[str, Any]:
@@ -206,26 +210,18 @@ def _means(sums: Mapping[str, Any]) -> dict[str, Any]:
   return result
 
 
-@functools.partial(jax.jit, static_argnames=('config', 'dtype'))
-def _guesses(params, batch, *, config, dtype):
-  return jnp.argmax(forward(config, params, batch, dtype).logits_btv, axis=-1)
-
-
-def content_examples(
-    model: model_lib.Model, batch: Batch, rows: Iterable[int], num_sentinels: int = 100
-) -> list[dict[str, Any]]:
-  """For some rows of a batch: the encoder's tokens, the targets, and the model's top guess at each
-  target position given the true tokens before it. Lists of ids, padding cut off."""
-  guesses = np.asarray(
-      _guesses(model.params, dict(batch), config=model.config, dtype=jnp.dtype('float32'))
-  )
+def examples_of(
+    batch: Batch, guesses_bt: np.ndarray, pad_id: int, count: int
+) -> list[dict[str, list[int]]]:
+  """The first rows of a batch: encoder tokens, targets, and the most probable token at each target
+  position given the true tokens before it; lists of ids without padding."""
   examples = []
-  for row in rows:
+  for row in range(min(count, len(guesses_bt))):
     encoder = np.asarray(batch['encoder_tokens'][row])
     used = int(np.sum(np.asarray(batch['weights'][row]) > 0))
     examples.append({
-        'encoder': encoder[encoder != model.config.pad_id].tolist(),
+        'encoder': encoder[encoder != pad_id].tolist(),
         'targets': np.asarray(batch['targets'][row])[:used].tolist(),
-        'guesses': guesses[row, :used].tolist(),
+        'guesses': np.asarray(guesses_bt)[row, :used].tolist(),
     })
   return examples

@@ -23,13 +23,20 @@ def _find_data(values: Any) -> Mapping[str, Any] | None:
   return next((data for data in found if data is not None), None)
 
 
-def data_config(folder: str | pathlib.Path) -> config_lib.DataConfig:
-  """How the model in a folder was trained to see text, by its manifest; else the defaults."""
-  manifest = files.read_json(pathlib.Path(folder) / store.MANIFEST)
-  found = _find_data(manifest.get('provenance', {}))
-  if found is None:
-    return config_lib.DataConfig()
-  return config_lib.from_json(config_lib.DataConfig, found, 'data')
+def data_config(*folders: str | pathlib.Path) -> config_lib.DataConfig:
+  """How a model was trained to see text: from the manifest of the first folder that tells, or of
+  the folder it was made from; else the defaults."""
+  for folder in folders:
+    seen: set[pathlib.Path] = set()
+    path = pathlib.Path(folder)
+    while path not in seen and (path / store.MANIFEST).is_file():
+      seen.add(path)
+      provenance = files.read_json(path / store.MANIFEST).get('provenance') or {}
+      found = _find_data(provenance)
+      if found is not None:
+        return config_lib.from_json(config_lib.DataConfig, found, 'data')
+      path = pathlib.Path(str(provenance.get('source', '')))
+  return config_lib.DataConfig()
 
 
 def fixed_batches(
@@ -98,3 +105,40 @@ def previous_tokens(
   row_of = np.broadcast_to(np.arange(len(targets))[:, None], targets.shape)
   previous = np.where(heads, before[row_of, np.where(heads, left - first, 0)], left)
   return ContentTokens(tokens=targets[content].astype(np.int64), previous=previous[content])
+
+
+def example_pieces(
+    example: Mapping[str, list[int]], tokenizer: tokenizer_lib.Tokenizer, eos_id: int = 1
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+  """An example as text: [{'text', 'hidden'}] of the passage with the spans put back, and
+  [{'text', 'right'}] of the guesses, one for each hidden token (`metrics.examples_of`)."""
+  first = tokenizer.vocab_size - tokenizer.num_sentinels
+  spans: dict[int, list[int]] = {}
+  guesses, current = [], None
+  for target, guess in zip(example['targets'], example['guesses'], strict=True):
+    if target >= first:
+      current = spans.setdefault(target, [])
+    elif target != eos_id and current is not None:
+      current.append(target)
+      guesses.append({'text': _word(tokenizer, guess), 'right': guess == target})
+  pieces: list[dict[str, Any]] = []
+  plain: list[int] = []
+
+  def flush():
+    if plain:
+      pieces.append({'text': tokenizer.decode(plain), 'hidden': False})
+      plain.clear()
+
+  for token in example['encoder']:
+    if token >= first:
+      flush()
+      pieces.append({'text': tokenizer.decode(spans.get(token, [])), 'hidden': True})
+    elif token != eos_id:
+      plain.append(token)
+  flush()
+  return pieces, guesses
+
+
+def _word(tokenizer: tokenizer_lib.Tokenizer, token: int) -> str:
+  text = tokenizer.decode([token], skip_special=False).strip()
+  return text if text else '␣'

@@ -107,7 +107,7 @@ def error_and_zeros(report: Report) -> str:
   """For each expert weight: the share of its output that was lost, and of weights that are zero."""
   shown = [v for v in report.compressed if v.layers]
   paths = list(dict.fromkeys(row.path for v in shown for row in v.layers))
-  step, top, left, gap = 30.0, 46.0, 104.0, 26.0
+  step, top, left, gap = 30.0, 50.0, 104.0, 30.0
   height = top + step * max(len(paths), 1) + 30
   picture = svg.Picture(WIDTH, height, 'Output error and share of zeros for each expert weight')
   if not paths:
@@ -124,11 +124,12 @@ def error_and_zeros(report: Report) -> str:
     middle = top + step * (i + 0.5)
     picture.text(left - 12, middle + 4, layer_label(path), 'label', 'end')
   for start, scale, field, title in panels:
-    picture.text(start, 16, title, 'axis-name')
+    picture.text(start, 14, title, 'label')
     at = lambda value, start=start, scale=scale: start + value / scale * width
     for tick in svg.ticks(0, scale, 2 if scale == 1.0 else 3):
       picture.line(at(tick), top - 12, at(tick), height - 26, 'grid')
-      picture.text(at(tick), top - 17, f'{tick:.0%}', 'tick', 'middle')
+      anchor = 'start' if tick == 0 else 'end' if tick > 0.9 * scale else 'middle'
+      picture.text(at(tick), top - 17, f'{tick:.0%}', 'tick', anchor)
     for i, path in enumerate(paths):
       middle = top + step * (i + 0.5)
       rows = [(v, r) for v in shown for r in v.layers if r.path == path]
@@ -219,16 +220,16 @@ def training_curve(report: Report) -> str:
   curve = [(float(s), float(loss)) for s, loss in report.training.get('curve') or ()]
   if len(curve) < 2:
     return ''
-  height, left, bottom, top = 170.0, 44.0, 26.0, 18.0
-  picture = svg.Picture(WIDTH, height, 'Training loss during the live minutes')
+  all_width, height, left, bottom, top = 2 * WIDTH + 60, 190.0, 44.0, 26.0, 12.0
+  picture = svg.Picture(all_width, height, 'Training loss during the live minutes')
   losses = [loss for _, loss in curve]
   low, high = min(losses), max(losses)
   low, high = low - 0.05 * (high - low) - 0.02, high + 0.05 * (high - low) + 0.02
   first, last = curve[0][0], curve[-1][0]
-  x = lambda s: left + (s - first) / max(last - first, 1.0) * (WIDTH - left - 14)
+  x = lambda s: left + (s - first) / max(last - first, 1.0) * (all_width - left - 40)
   y = lambda loss: top + (high - loss) / (high - low) * (height - top - bottom)
   for tick in svg.ticks(low, high, 4):
-    picture.line(left, y(tick), WIDTH - 14, y(tick), 'grid')
+    picture.line(left, y(tick), all_width - 14, y(tick), 'grid')
     picture.text(left - 8, y(tick) + 4, f'{tick:.3g}', 'tick', 'end')
   for tick in svg.ticks(first, last, 4):
     picture.text(x(tick), height - 8, f'step {tick:,.0f}', 'tick', 'middle')

@@ -58,7 +58,7 @@ def load_caption(report: Report) -> str:
   """Under the picture of expert loads."""
   return (
       f'Which expert each word of the test text is sent to. Bars: “{report.headline.name}”. '
-      'Black marks: before compression. Dashed: all experts equally busy.'
+      'Thin marks: before compression. Dashed: all experts equally busy.'
   )
 
 
@@ -79,12 +79,9 @@ def explanation(report: Report) -> list[tuple[str, str]]:
        f'network but {experts} of them, called experts, and a small router sends each word to just '
        'one. So the model can know much while each word costs little work. The price is memory: all '
        'experts must be kept, whether a word needs them or not.'),
-      ('What was done to it?',
-       'Every number in an expert was replaced by one of three: zero, or one of two values shared by '
-       'its row (“ternary”). About nine in ten become zero, and runs of zeros pack tightly: less '
-       'than one bit for each number, where the original takes sixteen.'),
+      *((_ternary(),) if any(v.bits and v.bits < 1.6 for v in report.compressed) else ()),
       ('Why not just round?',
-       'Rounding each number to the nearest of the three ruins the model, because the errors add up. '
+       'Rounding each number to the nearest one allowed ruins the model, because the errors add up. '
        'The QMoE method (Frantar and Alistarh, 2023) looks at real text instead: it rounds one '
        'column of numbers, sees what error that makes on the text, and corrects the columns not yet '
        'rounded. “Refit” then moves the two values of every row to where they fit best; that costs '
@@ -113,6 +110,15 @@ def explanation(report: Report) -> list[tuple[str, str]]:
         'Agreement is how often the two are the same. It says whether the model still behaves as it '
         'did, which loss alone can hide.'))
   return answers
+
+
+def _ternary() -> tuple[str, str]:
+  return (
+      'What was done to it?',
+      'Every number in an expert was replaced by one of three: zero, or one of two values shared by '
+      'its row (“ternary”). Most become zero, and runs of zeros pack tightly: about one bit for each '
+      'number, or less, where the original takes sixteen.',
+  )
 
 
 def _experts_matter(report: Report) -> str:

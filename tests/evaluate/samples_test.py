@@ -1,0 +1,113 @@
+"""Evaluation batches: predecessors of hidden words, spreading, layouts from manifests."""
+
+import numpy as np
+import pytest
+
+from moejax import config as config_lib, files
+from moejax.data import batches as batches_lib, span_corruption
+from moejax.errors import UserError
+from moejax.evaluate import samples
+
+CONFIG = config_lib.ModelConfig(
+    vocab_size=64, d_model=4, d_kv=4, d_ff=4, num_heads=1, num_layers=1, num_decoder_layers=1,
+    family='t5',
+)
+SENTINELS = 20
+
+
+def make(tokens: int = 300, batch_size: int = 4) -> batches_lib.SpanBatches:
+  ids = np.random.default_rng(0).integers(2, 44, tokens).astype(np.int32)
+  return batches_lib.SpanBatches(
+      corpus=batches_lib.Corpus(tokens=ids, starts=np.array([0, tokens // 2, tokens])),
+      batch_size=batch_size, lengths=span_corruption.lengths_for(24), vocab_size=64, fixed=True,
+  )
+
+
+def test_predecessors_are_those_of_the_text():
+  batches = make()
+  seen = 0
+  for index in range(batches.num_samples // batches.batch_size):
+    batch = batches.batch(index)
+    found = samples.previous_tokens(batch, CONFIG, SENTINELS)
+    pairs = list(zip(found.previous.tolist(), found.tokens.tolist()))
+    expected = []
+    for row in range(batches.batch_size):
+      window = batches.window(0, index * batches.batch_size + row).tolist()
+      spans = batch['targets'][row][batch['weights'][row] > 0]
+      spans_of = np.split(spans, np.flatnonzero(spans >= 64 - SENTINELS))[1:]
+      encoder = batch['encoder_tokens'][row].tolist()
+      place = 0
+      for token in encoder:
+        if token >= 64 - SENTINELS:
+          hidden = next(s for s in spans_of if s[0] == token)[1:]
+          hidden = [t for t in hidden.tolist() if t != 1]
+          for t in hidden:
+            assert window[place] == t
+            expected.append((window[place - 1], t))
+            place += 1
+        elif place < len(window) and token not in (0, 1):
+          assert window[place] == token
+          place += 1
+    assert pairs == expected
+    seen += len(pairs)
+  assert seen > 20
+
+
+def test_a_span_at_the_very_start_has_no_predecessor():
+  batch = {
+      'encoder_tokens': np.array([[63, 1]]), 'targets': np.array([[63, 5, 1]]),
+      'weights': np.ones((1, 3), np.float32),
+  }
+  found = samples.previous_tokens(batch, CONFIG, SENTINELS)
+  assert found.previous.tolist() == [-1] and found.tokens.tolist() == [5]
+
+
+def test_spread_takes_batches_from_the_whole_text():
+  batches = make(batch_size=1)
+  total = batches.num_batches
+  all_rows = list(samples.spread(batches, 0))
+  assert len(all_rows) == total
+  few = list(samples.spread(batches, 3))
+  for i, row in enumerate(few):
+    np.testing.assert_array_equal(row['targets'], all_rows[i * total // 3]['targets'])
+
+
+def write(folder, provenance):
+  folder.mkdir()
+  files.write_json(folder / 'manifest.json', {'provenance': provenance})
+
+
+def test_layout_comes_from_the_manifest_or_from_what_a_model_was_made_of(tmp_path):
+  data = {'encoder_length': 77, 'noise_density': 0.3}
+  write(tmp_path / 'trained', {'trained': {'experiment': {'data': data}}})
+  write(tmp_path / 'small', {'source': str(tmp_path / 'trained')})
+  write(tmp_path / 'loop', {'source': str(tmp_path / 'loop')})
+  assert samples.data_config(tmp_path / 'small').encoder_length == 77
+  assert samples.data_config(tmp_path / 'small').noise_density == 0.3
+  assert samples.data_config(tmp_path / 'loop') == config_lib.DataConfig()
+  assert samples.data_config(tmp_path / 'loop', tmp_path / 'trained').encoder_length == 77
+
+
+class _Tokenizer:
+  vocab_size, num_sentinels = 64, SENTINELS
+
+  def decode(self, ids, skip_special=True):
+    return ' '.join(f'w{i}' for i in ids)
+
+
+def test_examples_become_text_with_the_spans_put_back():
+  example = {'encoder': [5, 6, 63, 8, 1], 'targets': [63, 7, 9, 1], 'guesses': [63, 7, 3, 1]}
+  pieces, fills = samples.example_pieces(example, _Tokenizer())
+  assert pieces == [
+      {'text': 'w5 w6', 'hidden': False}, {'text': 'w7 w9', 'hidden': True},
+      {'text': 'w8', 'hidden': False},
+  ]
+  assert fills == [{'text': 'w7', 'right': True}, {'text': 'w3', 'right': False}]
+
+
+def test_a_foreign_tokenizer_is_refused():
+  class Other(_Tokenizer):
+    vocab_size = 32
+
+  with pytest.raises(UserError, match='32 ids, the model 64'):
+    samples.fixed_batches(CONFIG, config_lib.DataConfig(), ['text'], Other())
