@@ -164,9 +164,9 @@ def layers(
 
 
 def _finish(row: dict[str, Any]) -> dict[str, Any]:
-  bits, size = row.pop('expert_bits'), row['expert_parameters']
+  bits, stored, size = row.pop('expert_bits'), row.pop('stored_bits'), row['expert_parameters']
   return {
-      **row, 'stored_bytes': -(-row.pop('stored_bits') // 8), 'expert_bytes': -(-bits // 8),
+      **row, 'stored_bytes': -(-stored // 8), 'expert_bytes': -(-bits // 8),
       'expert_bits_per_weight': bits / size if size else 0.0,
   }
 

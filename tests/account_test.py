@@ -68,6 +68,7 @@ def test_summary_and_layers_count_compressed_nodes(params):
   assert sum(r['parameters'] for r in rows) == after['parameters']
   assert sum(r['active_parameters'] for r in rows) == after['active_parameters_per_token']
   assert [r['path'] for r in rows if r['sparse']] == ['decoder/layers_1', 'encoder/layers_1']
+  assert sum(r['stored_bytes'] for r in rows) == after['stored_bytes']
   row = next(r for r in rows if r['path'] == 'encoder/layers_1')
   assert row['expert_bits_per_weight'] == (16 * node.size + node.bits()) / (2 * node.size)
   assert account.summary(tree.abstract(packed), CONFIG) == after

@@ -17,7 +17,7 @@ from moejax.ops import expert_dot, grouped
 
 @jax.custom_vjp
 def compressed_expert_dot(x_md: jax.Array, node: Any, group_sizes_e: jax.Array) -> jax.Array:
-  """`expert_dot` for any weight node; differentiable in x only (the node's arrays get zeros)."""
+  """`expert_dot` for any weight node; differentiable in x and in the node's levels or scales."""
   if isinstance(node, weights.Ternary) and x_md.shape[0] == 1:
     y_f = ternary_matvec(x_md[0], node, jnp.argmax(group_sizes_e))
     return jnp.where(group_sizes_e.sum() > 0, y_f, 0.0).astype(x_md.dtype)[None]
@@ -44,21 +44,56 @@ def ternary_matvec(x_d: jax.Array, node: weights.Ternary, expert: jax.Array) -> 
 
 
 def _fwd(x_md, node, group_sizes_e):
-  return compressed_expert_dot(x_md, node, group_sizes_e), (node, group_sizes_e)
-
-
-def _zero_cotangent(leaf):
-  if jnp.issubdtype(leaf.dtype, jnp.inexact):
-    return jnp.zeros(leaf.shape, leaf.dtype)
-  return np.zeros(leaf.shape, jax.dtypes.float0)
+  return compressed_expert_dot(x_md, node, group_sizes_e), (x_md, node, group_sizes_e)
 
 
 def _bwd(residuals, dy_mf):
-  node, group_sizes_e = residuals
+  x_md, node, group_sizes_e = residuals
   dx_md = grouped.grouped_matmul(
       dy_mf, lambda e: node.expert_rows(e, dy_mf.dtype), group_sizes_e, node.shape[1]
   )
-  return dx_md, jax.tree.map(_zero_cotangent, node), _zero_cotangent(group_sizes_e)
+  dnode = node_gradient(x_md, node, group_sizes_e, dy_mf)
+  return dx_md.astype(x_md.dtype), dnode, np.zeros(group_sizes_e.shape, jax.dtypes.float0)
+
+
+def node_gradient(x_md: jax.Array, node: Any, group_sizes_e: jax.Array, dy_mf: jax.Array) -> Any:
+  """Gradient in a node's floating arrays (levels, scales), codes held fixed: a node of cotangents.
+
+  One expert's weight gradient [f, d] is alive at a time. XLA drops the loop if nothing uses it.
+  """
+  leaves, structure = jax.tree.flatten(node)
+  floating = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
+  floats = [jnp.asarray(a, jnp.float32) for a, is_float in zip(leaves, floating) if is_float]
+  buckets = grouped.row_buckets(x_md.shape[0])
+  pad = ((0, buckets[0]), (0, 0))
+  x, dy = jnp.pad(x_md, pad), jnp.pad(dy_mf.astype(x_md.dtype), pad)
+
+  def rows_of(e, floats):
+    values = iter(floats)
+    filled = [next(values) if f else leaf for f, leaf in zip(floating, leaves)]
+    return jax.tree.unflatten(structure, filled).expert_rows(e, jnp.float32)
+
+  def expert(e, start, rows, sums):
+    def block(first, left, size, acc):
+      x_block = jax.lax.dynamic_slice_in_dim(x, first, size)
+      own = (jnp.arange(size) < left)[:, None]
+      dy_block = jnp.where(own, jax.lax.dynamic_slice_in_dim(dy, first, size), 0)
+      return acc + jax.lax.dot_general(
+          dy_block, x_block, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
+      )
+
+    zeros = jnp.zeros((node.shape[2], node.shape[1]), jnp.float32)
+    dw_fd = grouped.loop_over_blocks(start, rows, buckets, block, zeros)
+    _, pull = jax.vjp(lambda values: rows_of(e, values), floats)
+    return jax.tree.map(jnp.add, sums, pull(dw_fd)[0])
+
+  sums = iter(
+      grouped.loop_over_experts(group_sizes_e, expert, [jnp.zeros_like(a) for a in floats])
+  )
+  return jax.tree.unflatten(structure, [
+      next(sums).astype(leaf.dtype) if f else np.zeros(leaf.shape, jax.dtypes.float0)
+      for f, leaf in zip(floating, leaves)
+  ])
 
 
 compressed_expert_dot.defvjp(_fwd, _bwd)

@@ -68,6 +68,32 @@ def test_gradient_in_x_equals_the_dense_one(name):
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
+@each_node
+def test_gradient_in_levels_is_that_of_the_dense_weights(name):
+  node = make(name)
+  x = jax.random.normal(jax.random.key(0), (16, COLS))
+  sizes = jnp.asarray([3, 0, 5, 1, 0, 7], jnp.int32)
+  floats = lambda n: [a for a in jax.tree.leaves(n) if jnp.issubdtype(a.dtype, jnp.inexact)]
+
+  def filled(values):
+    values = iter(values)
+    return jax.tree.map(
+        lambda a: next(values) if jnp.issubdtype(a.dtype, jnp.inexact) else a, node
+    )
+
+  values = [jnp.asarray(a, jnp.float32) for a in floats(node)]
+  got = jax.jit(jax.grad(lambda v: jnp.sum(expert_dot(x, filled(v), sizes) ** 2)))(values)
+
+  def dense_loss(v):
+    owner = jnp.repeat(jnp.arange(E), sizes, total_repeat_length=16)
+    return jnp.sum(jnp.einsum('md,mdf->mf', x, filled(v).dense(jnp.float32)[owner]) ** 2)
+
+  want = jax.jit(jax.grad(dense_loss))(values)
+  assert any(np.abs(np.asarray(g)).max() > 0.1 for g in want)
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize('expert', [0, 4, None])
 def test_one_token_goes_straight_from_the_codes(expert):
   shares = (0.885, 0.5, 1.0, 0.95, 0.7)
