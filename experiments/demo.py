@@ -18,8 +18,10 @@ from typing import Any
 
 from absl import flags
 
-from experiments import demo_steps as steps, flags as common
-from moejax import config as config_lib, evaluate, files, report, store
+from experiments import demo_steps as steps
+from experiments import flags as common
+from moejax import config as config_lib
+from moejax import evaluate, files, report, store
 from moejax.data import tokenizer as tokenizer_lib
 from moejax.errors import UserError
 from moejax.report import charts
@@ -160,13 +162,13 @@ def comparison(
           'experts': config.moe.num_experts if config.moe else 0,
           'model': f'{base["after"]["parameters"]:,} parameters, of which a word meets '
                    f'{base["after"]["active_parameters_per_token"]:,}',
-          'live_training': f'{training["seconds"]:.0f} s, {training["steps"]} steps; loss on hidden '
-                           f'test words {training["content_loss_before"]:.3f} before, '
+          'live_training': f'{training["seconds"]:.0f} s, {training["steps"]} steps; loss on '
+                           f'hidden test words {training["content_loss_before"]:.3f} before, '
                            f'{measured["content_loss"]:.3f} after',
           'calibration': f'{settings.calibration_samples:,} passages of the training years, '
                          f'{data.encoder_length} tokens each',
-          'test': f'{measured["content_targets"]:,} hidden words in {measured["batches"]} batches of '
-                  'speeches that were not trained on',
+          'test': f'{measured["content_targets"]:,} hidden words in {measured["batches"]} batches '
+                  'of speeches that were not trained on',
           'machine': machine(),
       },
   }

@@ -1,4 +1,4 @@
-"""The steps of the demo; each remembers what it was made from, so that a rerun only does what is new."""
+"""The steps of the demo; each remembers its inputs, so that a rerun only does what is new."""
 
 from collections.abc import Callable, Iterator, Mapping
 import dataclasses
@@ -13,9 +13,13 @@ import time
 from typing import Any
 
 from configs import sotu_switch16
-from moejax import account, config as config_lib, evaluate, files, store, tree
-from moejax.compress import driver, matrix, quantize
-from moejax.data import batches as batches_lib, text, tokenizer as tokenizer_lib
+from moejax import account, evaluate, files, store, tree
+from moejax import config as config_lib
+from moejax.compress import driver, matrix
+from moejax.compress.quantize import Quantize, quantize
+from moejax.data import batches as batches_lib
+from moejax.data import text
+from moejax.data import tokenizer as tokenizer_lib
 from moejax.errors import UserError
 from moejax.train import loop, writers
 
@@ -27,7 +31,7 @@ TARGET_BITS = 0.98
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-  """What the demo can be told. Seconds are of training steps; quantities are samples and batches."""
+  """What the demo can be told. `train_seconds` are of training steps, compilation left out."""
 
   checkpoint: pathlib.Path
   workdir: pathlib.Path
@@ -47,26 +51,26 @@ class Recipe:
   key: str
   name: str
   note: str
-  transform: quantize.Quantize | None
+  transform: Quantize | None
 
 
 def recipes() -> tuple[Recipe, ...]:
   """The rows, the uncompressed model first."""
   search = matrix.Search(target_bits=TARGET_BITS)
-  make = quantize.quantize
   return (
       Recipe(key='bf16', name='bf16', note='as trained, 16 bits a weight', transform=None),
       Recipe(key='rtn', name='RTN ternary', note='each weight rounded to the nearest of three',
-             transform=make('ternary', method='rtn', refit=False)),
+             transform=quantize('ternary', method='rtn', refit=False)),
       Recipe(key='qmoe', name='QMoE ternary', note='rounded with the errors corrected on real text',
-             transform=make('ternary', refit=False)),
-      Recipe(key='refit', name='QMoE ternary + refit', note='then the two values of each row refitted',
-             transform=make('ternary')),
+             transform=quantize('ternary', refit=False)),
+      Recipe(key='refit', name='QMoE ternary + refit',
+             note='then the two values of each row refitted',
+             transform=quantize('ternary')),
       Recipe(key='search', name='QMoE searched grid',
              note='the range of values searched too, at most 1.0 bit in all',
-             transform=make('ternary', search=search)),
+             transform=quantize('ternary', search=search)),
       Recipe(key='two_bit', name='QMoE 2-bit', note='four values a row instead of three',
-             transform=make(2, refit=False)),
+             transform=quantize(2, refit=False)),
   )
 
 
@@ -193,7 +197,9 @@ def train(settings: Settings) -> dict[str, Any]:
       experiment, folder, hooks=[watch.hook, metrics], should_stop=watch.should_stop
   )
   rows = [json.loads(line) for line in (folder / 'metrics.jsonl').read_text().splitlines()]
-  curve = [[row['step'], round(row['cross_entropy'], 4)] for row in rows if row['kind'] == 'train']
+  # A run that was killed repeats the steps after its last checkpoint: the later ones count.
+  losses = {row['step']: round(row['cross_entropy'], 4) for row in rows if row['kind'] == 'train'}
+  curve = [[step, losses[step]] for step in sorted(losses)]
   return {'steps': result['step'], 'seconds': watch.elapsed, 'curve': curve}
 
 

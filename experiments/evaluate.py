@@ -17,8 +17,12 @@ from typing import Any
 from absl import flags
 
 from experiments import flags as common
-from moejax import config as config_lib, evaluate, files, model as model_lib
-from moejax.data import batches as batches_lib, text, tokenizer as tokenizer_lib
+from moejax import config as config_lib
+from moejax import evaluate, files
+from moejax import model as model_lib
+from moejax.data import batches as batches_lib
+from moejax.data import text
+from moejax.data import tokenizer as tokenizer_lib
 from moejax.evaluate import samples
 
 _MODEL = flags.DEFINE_string('model', None, 'Model folder.')

@@ -12,7 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax import config as config_lib, model as model_lib, tree
+from moejax import config as config_lib
+from moejax import model as model_lib
+from moejax import tree
 from moejax.errors import UserError
 from moejax.train import step as step_lib
 

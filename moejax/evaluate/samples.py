@@ -7,8 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from moejax import config as config_lib, files, store
-from moejax.data import batches as batches_lib, span_corruption, tokenizer as tokenizer_lib
+from moejax import config as config_lib
+from moejax import files, store
+from moejax.data import batches as batches_lib
+from moejax.data import span_corruption
+from moejax.data import tokenizer as tokenizer_lib
 from moejax.errors import UserError
 
 

@@ -29,7 +29,7 @@ def megabytes(count: float) -> str:
 
 
 def layer_label(path: str) -> str:
-  """'encoder/layers_1/ffn/experts/wi' -> 'encoder 1 · wi'; 'encoder/layers_1/ffn' -> 'encoder 1'."""
+  """'encoder/layers_1/ffn/experts/wi' -> 'encoder 1 · wi', '.../ffn' -> 'encoder 1'."""
   names = path.split('/')
   layer = next((n.removeprefix('layers_') for n in names if n.startswith('layers_')), '')
   head = f'{names[0]} {layer}'.strip()

@@ -124,7 +124,7 @@ def _variant(values: Mapping[str, Any], sizes: Mapping[str, Any], key: str, name
 def _sizes(values: Mapping[str, Any], name: str) -> Mapping[str, Any]:
   sizes = values.get(name)
   if not isinstance(sizes, Mapping) or 'stored_bytes' not in sizes:
-    raise UserError(f'report: {name!r} is missing or has no stored_bytes: run the compression again')
+    raise UserError(f'report: {name!r} is missing or has no stored_bytes: compress again')
   return sizes
 
 

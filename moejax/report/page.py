@@ -21,7 +21,7 @@ def render(report: Report) -> str:
       '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
       f'<title>{escape(report.title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n'
       + '\n'.join(section for section in sections if section)
-      + '\n<footer>Written by moejax. Everything on this page is in the file itself; '
+      + '\n<footer>Written by moejax. All of this page is in the file itself; '
       'report.json beside it holds the numbers.</footer>\n</main>\n</body>\n</html>\n'
   )
 
@@ -33,7 +33,8 @@ def _header(report: Report) -> str:
   ]
   if best.bits:
     experts = before.sizes.get('expert_bytes', 0) / max(best.sizes.get('expert_bytes', 1), 1)
-    cells.append((f'{experts:.0f}×' if experts >= 10 else f'{experts:.1f}×', 'smaller, the experts'))
+    form = '.0f' if experts >= 10 else '.1f'
+    cells.append((f'{experts:{form}}×', 'smaller, the experts'))
     cells.append((f'{best.bits:.2f}', 'bits for each expert weight, everything counted'))
   if best.agreement is not None:
     cells.append((f'{best.agreement:.0%}', 'same first answer as the uncompressed model'))
@@ -132,8 +133,9 @@ def _samples(report: Report) -> str:
     lines = ''.join(_guesses(guess) for guess in sample['guesses'])
     blocks.append(f'<div class="sample"><p>{text}</p>{lines}</div>')
   return (
-      '<h2>See for yourself</h2><p>Sentences of the test speeches. The underlined words were hidden; '
-      'below is what each model put there, piece by piece, the true pieces before being known.</p>'
+      '<h2>See for yourself</h2><p>Sentences of the test speeches. The underlined words were '
+      'hidden; below is what each model put there, piece by piece, the true pieces before being '
+      'known.</p>'
       f'<div class="samples">{"".join(blocks)}</div>'
   )
 

@@ -23,7 +23,9 @@ class Picture:
     self.width, self.height, self.label = width, height, label
     self._parts: list[str] = []
 
-  def _add(self, tag: str, style: str, tip: str | None, body: str = '', **attributes: object) -> None:
+  def _add(
+      self, tag: str, style: str, tip: str | None, body: str = '', **attributes: object
+  ) -> None:
     written = ' '.join(
         f'{name.replace("_", "-")}="{number(v) if isinstance(v, float) else escape(v)}"'
         for name, v in attributes.items()

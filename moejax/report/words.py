@@ -77,47 +77,48 @@ def explanation(report: Report) -> list[tuple[str, str]]:
       ('What kind of model is this?',
        f'A language model of the Switch Transformer kind. In some of its layers stands not one '
        f'network but {experts} of them, called experts, and a small router sends each word to just '
-       'one. So the model can know much while each word costs little work. The price is memory: all '
-       'experts must be kept, whether a word needs them or not.'),
+       'one. So the model can know much while each word costs little work. The price is memory: '
+       'all experts must be kept, whether a word needs them or not.'),
       *((_ternary(),) if any(v.bits and v.bits < 1.6 for v in report.compressed) else ()),
       ('Why not just round?',
-       'Rounding each number to the nearest one allowed ruins the model, because the errors add up. '
-       'The QMoE method (Frantar and Alistarh, 2023) looks at real text instead: it rounds one '
-       'column of numbers, sees what error that makes on the text, and corrects the columns not yet '
-       'rounded. “Refit” then moves the two values of every row to where they fit best; that costs '
-       'no storage at all. The “searched grid” also tries wider and narrower values first.'),
+       'Rounding each number to the nearest one allowed ruins the model, because the errors add '
+       'up. The QMoE method (Frantar and Alistarh, 2023) looks at real text instead: it rounds one '
+       'column of numbers, sees what error that makes on the text, and corrects the columns not '
+       'yet rounded. “Refit” then moves the two values of every row to where they fit best; that '
+       'costs no storage at all. The “searched grid” also tries wider and narrower values first.'),
   ]
   if before.loss is not None:
     answers.append((
         'What does “loss” mean?',
-        'Words of the test speeches are hidden, and the model says how likely it holds each word at '
-        f'the gap. Loss is how surprised it is by the truth. A loss of {before.loss:.2f} means it is '
-        f'as unsure as somebody choosing among {math.exp(before.loss):,.0f} equally likely word '
-        'pieces; lower is better. Only the hidden words count, since the marks between them are '
-        'almost free to guess.'))
+        'Words of the test speeches are hidden, and the model says how likely it holds each word '
+        f'at the gap. Loss is how surprised it is by the truth. A loss of {before.loss:.2f} means '
+        f'it is as unsure as somebody choosing among {math.exp(before.loss):,.0f} equally likely '
+        'word pieces; lower is better. Only the hidden words count, since the marks between them '
+        'are almost free to guess.'))
   base = report.baselines.get('bigram_content_loss')
   if base is not None and before.loss is not None:
     verdict = 'better than' if before.loss < base else 'not yet as good as'
     answers.append((
         'Is the model any good?',
-        f'The test is a simple table that guesses each word from the one before it (loss {base:.2f}, '
-        f'given the true word before). The uncompressed model is {verdict} that: {before.loss:.2f}.'
+        f'The test is a simple table that guesses each word from the one before it (loss '
+        f'{base:.2f}, given the true word before). The uncompressed model is {verdict} that: '
+        f'{before.loss:.2f}.'
         + _experts_matter(report)))
   if best.agreement is not None:
     answers.append((
         'What is “agreement”?',
         'For every hidden word, both the compressed and the original model name their first guess. '
-        'Agreement is how often the two are the same. It says whether the model still behaves as it '
-        'did, which loss alone can hide.'))
+        'Agreement is how often the two are the same. It says whether the model still behaves as '
+        'it did, which loss alone can hide.'))
   return answers
 
 
 def _ternary() -> tuple[str, str]:
   return (
       'What was done to it?',
-      'Every number in an expert was replaced by one of three: zero, or one of two values shared by '
-      'its row (“ternary”). Most become zero, and runs of zeros pack tightly: about one bit for each '
-      'number, or less, where the original takes sixteen.',
+      'Every number in an expert was replaced by one of three: zero, or one of two values shared '
+      'by its row (“ternary”). Most become zero, and runs of zeros pack tightly: about one bit for '
+      'each number, or less, where the original takes sixteen.',
   )
 
 

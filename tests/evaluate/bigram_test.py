@@ -8,7 +8,8 @@ import pytest
 from moejax import config as config_lib
 from moejax.data import batches as batches_lib
 from moejax.errors import UserError
-from moejax.evaluate import bigram as bigram_lib, samples
+from moejax.evaluate import bigram as bigram_lib
+from moejax.evaluate import samples
 
 # Two documents over the words 3, 4, 5: 'abab' and 'ac'. Pairs: ab 2, ba 1, ac 1.
 A, B, C = 3, 4, 5

@@ -1,4 +1,4 @@
-"""Evaluation by hand: losses, agreement, divergence, loads; then a tiny model through the front door."""
+"""Evaluation by hand: losses, agreement, divergence, loads; then a tiny model as a user would."""
 
 import dataclasses
 import math
@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import config as config_lib, evaluate, model as model_lib
+from moejax import config as config_lib
+from moejax import evaluate
+from moejax import model as model_lib
 from moejax.errors import UserError
 from moejax.evaluate import metrics
 from moejax.nn.switch import Output
@@ -56,7 +58,8 @@ def test_agreement_by_hand():
 
 def test_loads_count_real_tokens_only():
   routing = Routing(
-      choice_mk=jnp.array([[0], [2], [2], [1]]), keep_mk=jnp.array([[True], [False], [True], [True]]),
+      choice_mk=jnp.array([[0], [2], [2], [1]]),
+      keep_mk=jnp.array([[True], [False], [True], [True]]),
       gate_mk=jnp.ones((4, 1)), logits_me=jnp.zeros((4, 3)), load_e=jnp.array([1, 1, 2]),
       load_balance_loss=jnp.float32(0), z_loss=jnp.float32(0),
   )

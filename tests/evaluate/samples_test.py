@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 
-from moejax import config as config_lib, files
-from moejax.data import batches as batches_lib, span_corruption
+from moejax import config as config_lib
+from moejax import files
+from moejax.data import batches as batches_lib
+from moejax.data import span_corruption
 from moejax.errors import UserError
 from moejax.evaluate import samples
 

@@ -2,6 +2,7 @@
 
 import html.parser
 import importlib.util
+import itertools
 import json
 import pathlib
 import re
@@ -145,7 +146,7 @@ def test_spread_labels_keeps_order_gap_and_bounds():
   wanted = [50.0, 10.0, 12.0, 11.0, 49.0]
   placed = svg.spread_labels(wanted, 10.0, 5.0, 55.0)
   by_wanted = [p for _, p in sorted(zip(wanted, placed))]
-  assert all(b - a >= 10.0 - 1e-9 for a, b in zip(by_wanted, by_wanted[1:]))
+  assert all(b - a >= 10.0 - 1e-9 for a, b in itertools.pairwise(by_wanted))
   assert min(placed) >= 5.0 - 1e-9 and max(placed) <= 55.0 + 1e-9
   assert svg.spread_labels([20.0, 40.0], 10.0, 0.0, 60.0) == [20.0, 40.0]
 
