@@ -8,6 +8,7 @@ import time
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
@@ -15,6 +16,7 @@ import optax
 
 from moejax import config as config_lib
 from moejax import errors, files, model, sharding, tree
+from moejax.nn import aligned
 from moejax.data import batches as batches_lib
 from moejax.train import checkpoint, inputs, optim, throughput, writers
 from moejax.train import state as state_lib
@@ -66,7 +68,10 @@ def prepare_workdir(workdir: str | os.PathLike) -> pathlib.Path:
 def initial_params(experiment: config_lib.Experiment) -> Any:
   """The parameters of `init_from`, or None to start from the seed."""
   if not experiment.init_from:
-    return None
+    if not experiment.train.aligned_start:
+      return None
+    config = experiment.model
+    return aligned.align(model.init_params(config, jax.random.key(experiment.train.seed)), config)
   loaded = model.Model.load(experiment.init_from)
   changed = checkpoint.differences(
       config_lib.to_json(loaded.config), config_lib.to_json(experiment.model), 'model'
@@ -170,7 +175,8 @@ def run(
       workdir / 'checkpoints', experiment, train.keep_checkpoints
   )
   state, begin = start(experiment, optimizer, mesh, places, checkpoints)
-  files.write_json(workdir / 'config.json', config_lib.to_json(experiment))
+  if jax.process_index() == 0:
+    files.write_json(workdir / 'config.json', config_lib.to_json(experiment))
   first = step = int(state.step)
   say(f'model: {tree.count(state.params):,} parameters on {mesh.size} '
       f'{jax.devices()[0].platform} device(s)')
@@ -195,6 +201,7 @@ def run(
       log.write('eval', step, evaluate(eval_step, state.params, data.valid, train, mesh))
       meter.reset()
     if end or due(step, train.checkpoint_every):
+      require_finite(metrics, step)
       checkpoints.save(state, step, index + 1)
       meter.reset()
     if end:
@@ -203,9 +210,8 @@ def run(
   # --- The finished folder
   checkpoints.close()
   log.close()
-  if jax.process_index() == 0:
-    save_model(experiment, state, workdir)
-    say(f'step {step}: model in {workdir / "model"}')
+  save_model(experiment, state, workdir)
+  say(f'step {step}: model in {workdir / "model"}')
   scalars = {f'eval_{n}': float(v) for n, v in log.last['eval'].items() if '/' not in n}
   return {
       'step': step, 'finished': step >= train.steps, 'model': str(workdir / 'model'), **scalars
@@ -213,15 +219,30 @@ def run(
 
 
 def due(step: int, every: int) -> bool:
+  """Whether an interval ends at this step; an interval of 0 never does."""
   return every > 0 and step % every == 0
+
+
+def require_finite(metrics: step_lib.Metrics, step: int) -> None:
+  """Raises UserError for a diverged step, so that no checkpoint ever holds NaN."""
+  loss, norm = float(metrics['loss']), float(metrics['grad_norm'])
+  if not (np.isfinite(loss) and np.isfinite(norm)):
+    raise errors.UserError(
+        f'step {step}: loss {loss}, gradient norm {norm}; lower optim.learning_rate or raise '
+        'optim.warmup_steps and run again: it goes on from the last checkpoint'
+    )
 
 
 def save_model(
     experiment: config_lib.Experiment, state: state_lib.TrainState, workdir: pathlib.Path
 ) -> None:
-  """Writes `workdir/model`, a moejax model folder with the tokenizer."""
-  params = tree.cast_floats(state.params, jnp.dtype(experiment.train.save_dtype))
-  model.Model(experiment.model, params).save(
+  """Writes `workdir/model`, a moejax model folder with the tokenizer; the first process writes."""
+  params, dtype = state.params, jnp.dtype(experiment.train.save_dtype)
+  if jax.process_count() > 1:
+    params = multihost_utils.process_allgather(params, tiled=True)
+  if jax.process_index() != 0:
+    return
+  model.Model(experiment.model, tree.cast_floats(params, dtype)).save(
       workdir / 'model',
       provenance={
           'trained': {'step': int(state.step), 'experiment': config_lib.to_json(experiment)}

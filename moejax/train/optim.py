@@ -99,6 +99,8 @@ def make_optimizer(
   rate_factors = by_rules(config.learning_rate_rules, params, 'optim.learning_rate_rules')
   parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
   parts.append(_preconditioner(config, params))
+  if config.scale_by_param_rms:
+    parts.append(optax.scale_by_param_block_rms())
   if config.weight_decay > 0:
     parts.append(decoupled_decay(config.weight_decay, decay_factors))
   if any(factor != 1.0 for factor in jax.tree.leaves(rate_factors)):
@@ -112,9 +114,12 @@ def _preconditioner(config: config_lib.OptimConfig, params: Any) -> optax.Gradie
   if config.optimizer == 'adamw':
     return adam
   if config.optimizer == 'adafactor':
-    # arXiv 1804.04235 as T5 uses it: factored second moment, updates clipped at RMS 1.
+    # arXiv 1804.04235 as T5 uses it: factored second moment, updates clipped at RMS 1, rates
+    # relative to the RMS of the parameter (so a rate of 1e-2 is usual).
     return optax.chain(
-        optax.scale_by_factored_rms(min_dim_size_to_factor=128), optax.clip_by_block_rms(1.0)
+        optax.scale_by_factored_rms(min_dim_size_to_factor=128),
+        optax.clip_by_block_rms(1.0),
+        optax.scale_by_param_block_rms(),
     )
   if config.optimizer == 'muon':
     labels = tree.map_paths(lambda path, _: 'muon' if _muon_axes(path) else 'adam', params)

@@ -1,7 +1,6 @@
 """Checkpoints: bit-exact, onto another mesh, refused for another model, broken ones named."""
 
-import importlib.util
-import pathlib
+import contextlib
 
 import jax
 import numpy as np
@@ -9,102 +8,99 @@ import pytest
 
 from moejax import errors
 from moejax.train import checkpoint
-from moejax.train import state as state_lib
 
-_SPEC = importlib.util.spec_from_file_location(
-    'train_common', pathlib.Path(__file__).with_name('common.py')
-)
-common = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(common)
+
+def opened(folder, experiment):
+  return contextlib.closing(checkpoint.Checkpoints(folder, experiment, keep=2))
 
 
 def _target(made):
-  return checkpoint.target_of(
-      state_lib.abstract(made.experiment.model, made.optimizer), made.places
-  )
+  return checkpoint.target_of(made.abstract, made.places)
 
 
-@pytest.fixture(scope='module')
-def trained():
+@pytest.fixture
+def trained(common):
   """An unbroken run of four steps on one device, its state after two copied to the host."""
   made = common.setup(common.experiment())
-  state, first = common.run_steps(made, made.state, 0, 2)
+  state, first = made.run(made.fresh(), 0, 2)
   middle = jax.device_get(state)
-  state, second = common.run_steps(made, state, 2, 4)
+  state, second = made.run(state, 2, 4)
   return made, middle, jax.device_get(state), second
 
 
 def _save(folder, made, middle):
-  saved = checkpoint.Checkpoints(folder, made.experiment)
-  saved.save(jax.device_put(middle, made.places), 2, 2)
-  saved.close()
+  with opened(folder, made.experiment) as saved:
+    saved.save(jax.device_put(middle, made.places), 2, 2)
 
 
 def test_resume_is_bit_exact(trained, tmp_path):
   made, middle, final, losses = trained
   _save(tmp_path, made, middle)
-  state, index, changed = checkpoint.Checkpoints(tmp_path, made.experiment).restore(_target(made))
+  with opened(tmp_path, made.experiment) as saved:
+    state, index, changed = saved.restore(_target(made))
   assert (index, int(state.step), changed) == (2, 2, [])
-  state, again = common.run_steps(made, state, index, 4)
+  state, again = made.run(state, index, 4)
   assert again == losses
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), final)
 
 
 def test_saving_survives_donation(trained, tmp_path):
   made, middle, _, _ = trained
-  saved = checkpoint.Checkpoints(tmp_path, made.experiment)
   state = jax.device_put(middle, made.places)
-  saved.save(state, 2, 2)
-  common.run_steps(made, state, 2, 4)  # donates the state while it is being written
-  saved.close()
-  restored, _, _ = checkpoint.Checkpoints(tmp_path, made.experiment).restore(_target(made))
+  with opened(tmp_path, made.experiment) as saved:
+    saved.save(state, 2, 2)
+    made.run(state, 2, 4)  # donates the state while it is being written
+  with opened(tmp_path, made.experiment) as saved:
+    restored, _, _ = saved.restore(_target(made))
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(restored), middle)
 
 
-def test_restores_onto_another_mesh(trained, tmp_path):
+def test_restores_onto_another_mesh(common, trained, tmp_path):
   made, middle, _, losses = trained
   _save(tmp_path, made, middle)
   other = common.setup(common.experiment(mesh__data=2, mesh__expert=2, mesh__tensor=2))
-  saved = checkpoint.Checkpoints(tmp_path, other.experiment)
-  state, index, changed = saved.restore(_target(other))
+  with opened(tmp_path, other.experiment) as saved:
+    state, index, changed = saved.restore(_target(other))
   assert changed == ['mesh.data: 1 -> 2', 'mesh.expert: 1 -> 2', 'mesh.tensor: 1 -> 2']
   jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), middle)
   wi = state.params['encoder']['layers_0']['ffn']['experts']['wi']
   assert wi.addressable_shards[0].data.size == wi.size // 8
-  _, again = common.run_steps(other, state, index, 4)
+  _, again = other.run(state, index, 4)
   np.testing.assert_allclose(again, losses, rtol=1e-5)
 
 
 def test_keeps_the_newest(trained, tmp_path):
   made, middle, _, _ = trained
-  saved = checkpoint.Checkpoints(tmp_path, made.experiment, keep=2)
-  for step in (2, 4, 6):
-    saved.save(jax.device_put(middle, made.places), step, step)
-  saved.wait()
-  assert saved.latest() == 6
+  with opened(tmp_path, made.experiment) as saved:
+    for step in (2, 4, 6):
+      saved.save(jax.device_put(middle, made.places), step, step)
+    saved.wait()
+    assert saved.latest() == 6
   assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ['00000004', '00000006']
 
 
-def test_another_model_is_refused_by_field(trained, tmp_path):
+def test_another_model_is_refused_by_field(common, trained, tmp_path):
   made, middle, _, _ = trained
   _save(tmp_path, made, middle)
   for field, value, named in (
       ('model__d_ff', 128, r'model\.d_ff = 64'),
       ('optim__optimizer', 'adafactor', r"optim\.optimizer = 'adamw'"),
   ):
-    saved = checkpoint.Checkpoints(tmp_path, common.experiment(**{field: value}))
-    with pytest.raises(errors.UserError, match=named):
-      saved.restore(_target(made))
+    with opened(tmp_path, common.experiment(**{field: value})) as saved:
+      with pytest.raises(errors.UserError, match=named):
+        saved.restore(_target(made))
 
 
 def test_a_broken_checkpoint_is_named(trained, tmp_path):
   made, middle, _, _ = trained
-  with pytest.raises(errors.UserError, match='no checkpoint in'):
-    checkpoint.Checkpoints(tmp_path, made.experiment).restore(_target(made))
+  with opened(tmp_path, made.experiment) as saved:
+    with pytest.raises(errors.UserError, match='no checkpoint in'):
+      saved.restore(_target(made))
   _save(tmp_path, made, middle)
   victims = [p for p in tmp_path.glob('00000002/state/**/d/*') if p.is_file()]
   assert victims
   for victim in victims:
     victim.write_bytes(victim.read_bytes()[:10])
-  with pytest.raises(errors.UserError, match=r'00000002 cannot be read'):
-    checkpoint.Checkpoints(tmp_path, made.experiment).restore(_target(made))
+  with opened(tmp_path, made.experiment) as saved:
+    with pytest.raises(errors.UserError, match=r'00000002 cannot be read'):
+      saved.restore(_target(made))

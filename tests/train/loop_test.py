@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import flags as common
+from experiments import flags
 from moejax import config as config_lib
 from moejax import errors, model
 from moejax.data import tokenizer
@@ -56,18 +56,21 @@ def command(config, workdir, *extra):
           '--workdir', str(workdir), *extra]
 
 
-def environment():
+def environment(cache):
   flags = re.sub(r'--xla_force_host_platform_device_count=\d+', '', os.environ['XLA_FLAGS'])
   return {
       **os.environ,
       'XLA_FLAGS': flags + ' --xla_backend_optimization_level=0',
+      'JAX_COMPILATION_CACHE_DIR': str(cache),
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
       'PYTHONPATH': str(ROOT),
   }
 
 
 def run(config, workdir, *extra):
   return subprocess.run(
-      command(config, workdir, *extra), cwd=ROOT, env=environment(), capture_output=True, text=True
+      command(config, workdir, *extra), cwd=ROOT, env=environment(config.parent / 'cache'),
+      capture_output=True, text=True,
   )
 
 
@@ -84,8 +87,8 @@ def test_killed_at_a_random_step_ends_in_the_same_model(config, tmp_path):
 
   stop_at = int(np.random.default_rng(int(time.time())).integers(6, 36))
   process = subprocess.Popen(
-      command(config, broken), cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL,
-      stderr=subprocess.DEVNULL,
+      command(config, broken), cwd=ROOT, env=environment(tmp_path / 'cache'),
+      stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
   )
   log = broken / 'metrics.jsonl'
   while process.poll() is None:
@@ -106,7 +109,7 @@ def test_killed_at_a_random_step_ends_in_the_same_model(config, tmp_path):
 
 
 def test_a_finished_run_leaves_everything_behind(config, tmp_path):
-  experiment = common.load_config(
+  experiment = flags.load_config(
       str(config), ['train.steps=6', 'train.eval_every=3', 'train.save_dtype=bfloat16']
   )
   seen = []
@@ -130,7 +133,7 @@ def test_a_finished_run_leaves_everything_behind(config, tmp_path):
   ) == experiment
 
   # It goes on from that folder, and a finished run that is started again trains no further.
-  more = common.load_config(str(config), ['train.steps=3', f'init_from={workdir / "model"}'])
+  more = flags.load_config(str(config), ['train.steps=3', f'init_from={workdir / "model"}'])
   first = []
   loop.run(more, tmp_path / 'more', hooks=[first.append])
   assert first[0].metrics['loss'] < seen[0].metrics['loss']
@@ -140,7 +143,7 @@ def test_a_finished_run_leaves_everything_behind(config, tmp_path):
 
 def test_overfits_a_tiny_text(config, tmp_path):
   (tmp_path / 'train.txt').write_text('we the people of the united states in order to form ' * 3)
-  experiment = common.load_config(
+  experiment = flags.load_config(
       str(config),
       ['train.steps=150', 'train.eval_every=0', 'train.checkpoint_every=0', 'data.valid_files=[]',
        'model.dropout_rate=0.0', 'train.log_every=10', 'model.d_model=32', 'model.d_ff=64'],
@@ -153,7 +156,7 @@ def test_overfits_a_tiny_text(config, tmp_path):
 
 
 def test_time_is_up(config, tmp_path):
-  experiment = common.load_config(str(config), ['train.max_seconds=0.001'])
+  experiment = flags.load_config(str(config), ['train.max_seconds=0.001'])
   result = loop.run(experiment, tmp_path / 'run', hooks=[])
   assert not result['finished'] and result['step'] == 1
   assert loop.run(experiment, tmp_path / 'run', hooks=[])['step'] == 2
@@ -175,14 +178,14 @@ def test_time_is_up(config, tmp_path):
 )
 def test_mistakes_in_the_config_are_named(config, tmp_path, setting, message):
   with pytest.raises(errors.UserError, match=message) as caught:
-    loop.run(common.load_config(str(config), [setting]), tmp_path / 'run', hooks=[])
+    loop.run(flags.load_config(str(config), [setting]), tmp_path / 'run', hooks=[])
   assert '\n' not in str(caught.value)
   assert not (tmp_path / 'run' / 'model').exists()
 
 
 def test_another_tokenizer_is_refused(config, tmp_path):
   tokenizer.train(['x'], 300, 10).save(tmp_path)
-  experiment = common.load_config(str(config), [f'data.tokenizer={tmp_path}'])
+  experiment = flags.load_config(str(config), [f'data.tokenizer={tmp_path}'])
   with pytest.raises(errors.UserError, match=r'tokenizer has 300 ids, model\.vocab_size is 320'):
     loop.run(experiment, tmp_path / 'run', hooks=[])
 
