@@ -140,7 +140,8 @@ class OptimConfig:
   """An optax chain: clip, optimizer, schedule, weight decay and rates by path rules.
 
   Schedules after the warm-up: 'constant', 'cosine', 'linear', 'rsqrt' (T5's), and 'wsd', constant
-  and then linear over the last `decay_steps`. Rules are (path regex, factor), first match wins.
+  and then linear over the last `decay_steps`. `scale_by_param_rms` makes rates relative to each
+  parameter's size, as Adafactor does (arXiv 1804.04235, section 8). Rules are (path regex, factor), first match wins.
   """
 
   optimizer: str = 'adamw'
@@ -154,6 +155,7 @@ class OptimConfig:
   eps: float = 1e-8
   weight_decay: float = 0.01
   clip_norm: float = 1.0
+  scale_by_param_rms: bool = False
   weight_decay_rules: tuple[tuple[str, float], ...] = (
       (r'.*(norm|final_norm|relative_bias|bias)', 0.0),
       (r'.*', 1.0),
@@ -174,8 +176,9 @@ class MeshConfig:
 class TrainConfig:
   """The training loop. Intervals are in optimizer steps; an interval of 0 means never.
 
-  `max_seconds` over 0 ends a run early, with a checkpoint. `peak_flops_per_second` of 0 is measured
-  by a matmul at the start; it is what utilisation is a share of.
+  `max_seconds` over 0 ends a run early, with a checkpoint. `aligned_start`: see `nn.aligned`.
+  `peak_flops_per_second` of 0 is measured by a matmul at the start; it is what utilisation is a
+  share of.
   """
 
   steps: int = 1000
@@ -190,6 +193,7 @@ class TrainConfig:
   checkpoint_every: int = 200
   keep_checkpoints: int = 2
   max_seconds: float = 0.0
+  aligned_start: bool = False
   save_dtype: str = 'float32'
   peak_flops_per_second: float = 0.0
 

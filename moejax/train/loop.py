@@ -16,8 +16,8 @@ import optax
 
 from moejax import config as config_lib
 from moejax import errors, files, model, sharding, tree
-from moejax.nn import aligned
 from moejax.data import batches as batches_lib
+from moejax.nn import aligned
 from moejax.train import checkpoint, inputs, optim, throughput, writers
 from moejax.train import state as state_lib
 from moejax.train import step as step_lib
