@@ -61,6 +61,11 @@ class Transform:
     del config, source
     return {}
 
+  def takes(self, path: str) -> bool:
+    """Whether this transform changes the FFN layer at `path` ('encoder/layers_1/ffn')."""
+    del path
+    return True
+
   def calibration(self) -> 'Calibration':
     """Which tokens the layer step sees."""
     return Calibration()

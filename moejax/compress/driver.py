@@ -12,7 +12,6 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-import re
 import resource
 import shutil
 import time
@@ -219,14 +218,15 @@ def _run_pass(source, step, data, work, target, origin, plans, progress) -> Resu
   )
   plan = step.plan(config, source)
   plans.append(dict(plan))
-  pattern = re.compile(getattr(step, 'layers', '.*'))
   targets = [
       path for stack in ('encoder', 'decoder') for i in config.sparse_layers(stack)
-      if pattern.fullmatch(path := f'{stack}/layers_{i}/ffn')
+      if step.takes(path := f'{stack}/layers_{i}/ffn')
   ]
   if not targets:
-    raise UserError(f'no sparse layer matches {pattern.pattern!r}; FFN paths look like '
-                    "'encoder/layers_1/ffn'")
+    raise UserError(
+        f"{step.name} takes no sparse layer of this model; their paths are like "
+        "'encoder/layers_1/ffn': check its setting `layers`"
+    )
   for path in targets:
     for leaf_path in _experts_under(source, path):
       step.accepts(leaf_path, source.abstract(leaf_path))

@@ -43,6 +43,7 @@ class Quantized(NamedTuple):
   damping: jax.Array
 
 
+@jax.jit
 def damping_lambda(h_edd: jax.Array, damping: float) -> jax.Array:
   """lambda = max(damping * mean(diag H), 1e-6) of each expert, [e]."""
   diag = jnp.diagonal(h_edd, axis1=-2, axis2=-1)
@@ -195,6 +196,12 @@ def sweep_factored(
   return symbols, error
 
 
+@jax.jit
+def values_of(grid: grids_core.Grid, symbols: jax.Array) -> jax.Array:
+  """What symbols [e, d, f] stand for, float32."""
+  return grid.values(symbols)
+
+
 def order_by_diagonal(h_edd: jax.Array) -> jax.Array:
   """Act-order: inputs of each expert by falling diagonal of H, int [e, d]."""
   return jnp.argsort(-jnp.diagonal(h_edd, axis1=-2, axis2=-1), axis=-1, stable=True)
@@ -239,7 +246,7 @@ def gptq(
   symbols, error = sweep_factored(w, r_edd, grid, block_size=block_size)
   if act_order:
     symbols = permute_inputs(symbols, jnp.argsort(order, axis=-1))
-  return Quantized(symbols, grid, grid.values(symbols), error, failed, lambda_e)
+  return Quantized(symbols, grid, values_of(grid, symbols), error, failed, lambda_e)
 
 
 def rtn(
@@ -250,6 +257,11 @@ def rtn(
   grid = grids_core.find_grid(
       w_edf, bits, symmetric=symmetric, grid_scale=grid_scale, threshold=threshold
   )
+  return _round(w_edf, grid)
+
+
+@jax.jit
+def _round(w_edf, grid):
   w = w_edf.astype(jnp.float32)
   symbols = grid.symbols(w)
   values = grid.values(symbols)

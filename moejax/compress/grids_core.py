@@ -5,6 +5,7 @@ paper calls a row; each has one grid, found from the largest and smallest of its
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -86,6 +87,11 @@ def find_grid(
   """
   if bits not in BITS:
     raise UserError(f'bits = {bits!r}: one of {BITS}')
+  return _find_grid(w_edf, grid_scale, threshold, bits=bits, symmetric=symmetric)
+
+
+@functools.partial(jax.jit, static_argnames=('bits', 'symmetric'))
+def _find_grid(w_edf, grid_scale, threshold, *, bits, symmetric):
   w = w_edf.astype(jnp.float32)
   low = jnp.minimum(jnp.min(w, axis=-2, keepdims=True), 0.0)
   high = jnp.maximum(jnp.max(w, axis=-2, keepdims=True), 0.0)

@@ -215,6 +215,9 @@ def quantize_matrices(
     w_edf: [e, d, f] in the weights' dtype. h_edd: undamped Hessians. tokens: [e], calibration
       tokens of each. settings, path, ids: see above.
   """
+  for i, one in enumerate(w_edf):
+    if not np.isfinite(one.astype(np.float32)).all():
+      raise UserError(f'{path}, expert {ids[i]}: NaN or infinite weights; restore the model')
   weights_dtype = w_edf.dtype
   dtype = weights_dtype if settings.level_dtype == 'weights' else np.dtype(settings.level_dtype)
   w = jnp.asarray(w_edf)

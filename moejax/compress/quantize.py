@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -29,6 +30,9 @@ class Quantize(base.Transform):
   expert_group: int
   token_cap_factor: float
   layers: str
+
+  def takes(self, path: str) -> bool:
+    return re.fullmatch(self.layers, path) is not None
 
   def calibration(self) -> base.Calibration:
     return base.Calibration(
@@ -149,6 +153,10 @@ def quantize(
       refit_ridge=refit_ridge, grid_scale=grid_scale, threshold=threshold, search=search,
       storage=storage, level_dtype=level_dtype, max_error=max_error,
   )
+  try:
+    re.compile(layers)
+  except re.error as error:
+    raise UserError(f'layers = {layers!r} is no regular expression: {error}') from error
   if expert_group < 1 or token_cap_factor < 0:
     raise UserError(
         f'expert_group = {expert_group} must be at least 1, token_cap_factor = '

@@ -10,7 +10,7 @@ import numpy as np
 from moejax.config import ModelConfig
 from moejax.errors import UserError
 
-_LENGTHS = (8, 16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
+_SHORTEST = 32
 _BATCH_TOKENS = 4096
 
 
@@ -118,9 +118,8 @@ class Batch:
 
 
 def _padded(length: int) -> int:
-  for n in _LENGTHS:
-    if length <= n:
-      return n
+  if length <= 512:
+    return max(_SHORTEST, 1 << (length - 1).bit_length())
   return -(-length // 512) * 512
 
 
@@ -134,7 +133,7 @@ def batches(samples: Samples, batch_tokens: int = _BATCH_TOKENS) -> list[Batch]:
     by_shape.setdefault(shape, []).append(i)
   out = []
   for shape, members in sorted(by_shape.items()):
-    size = max(1, min(batch_tokens // max(shape), len(members)))
+    size = max(1, min(batch_tokens // max(shape), 1 << (len(members) - 1).bit_length()))
     for at in range(0, len(members), size):
       ids = members[at : at + size]
       index = {

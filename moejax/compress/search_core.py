@@ -14,8 +14,8 @@ import numpy as np
 
 from moejax.compress import gptq_core, grids_core, hessian_core, refit_core
 
-SCALES = (1.0, 0.9, 0.8, 0.7, 0.6)
-THRESHOLDS = (0.5, 0.55, 0.6, 0.65, 0.7)
+SCALES = (1.0, 0.85, 0.7)
+THRESHOLDS = (0.5, 0.55, 0.6, 0.65)
 
 
 class Choice(NamedTuple):
@@ -71,7 +71,7 @@ def search_grid(
     else:
       grid = grids_core.find_grid(w, bits, grid_scale=scale, threshold=threshold)
       symbols, error = gptq_core.sweep_factored(w, r, grid, block_size=block_size)
-      q = gptq_core.Quantized(symbols, grid, grid.values(symbols), error, failed, lam)
+      q = gptq_core.Quantized(symbols, grid, gptq_core.values_of(grid, symbols), error, failed, lam)
     fit = refit_core.refit(w, h_edd, q, enabled=refit)
     zeros.append(np.asarray((q.symbols == 0).mean(axis=(1, 2))))
     errors.append(np.asarray(fit.error_after.sum(1)) / total)

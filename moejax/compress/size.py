@@ -8,7 +8,9 @@ import numpy as np
 from moejax.codec import packing, qmoe_v1, ternary
 from moejax.codec.ternary import default_block_rows
 
-_SAMPLE_WEIGHTS = 1 << 20
+_SAMPLE_WEIGHTS = 1 << 19
+# Zero shares between multiples of this are interpolated.
+_STEP = 0.01
 
 
 @functools.lru_cache(maxsize=4096)
@@ -30,13 +32,19 @@ def ternary_bits_per_weight(
   """Bits a weight of ternary matrices of `rows` outputs and `cols` inputs, all metadata counted.
 
   Args:
-    zero_share: share of zeros, a number or an array; rounded to 1/1000.
+    zero_share: share of zeros, a number or an array.
     storage: 'moejax' or 'qmoe_v1' ('dense' counts as moejax).
     level_bits: bits of each of the two levels of an output.
   """
-  shares = np.round(np.asarray(zero_share, np.float64), 3)
-  known = {p: _payload(float(p), rows, cols, storage) for p in np.unique(shares)}
-  payload = np.vectorize(known.__getitem__, otypes=[np.float64])(shares)
+  shares = np.clip(np.asarray(zero_share, np.float64), 0.02, 0.98)
+  below = np.floor(shares / _STEP)
+  known = {
+      i: _payload(round(_STEP * i, 6), rows, cols, storage)
+      for i in np.unique([below, below + 1])
+  }
+  rate = np.vectorize(known.__getitem__, otypes=[np.float64])
+  part = shares / _STEP - below
+  payload = (1 - part) * rate(below) + part * rate(below + 1)
   weights = rows * cols
   if storage == 'qmoe_v1':
     return payload + (2 * level_bits * rows + 32 * (rows + 1)) / weights

@@ -1,0 +1,251 @@
+"""compress_tree: quantize the experts of any pytree and any function.
+
+The function belongs to somebody else, so it must say what its experts see. `apply_fn(params, batch,
+capture)` runs the model as always and, next to each expert matrix, reports the matrix' input:
+
+    def apply_fn(params, batch, capture):
+      ...
+      capture('layers/0/w_in', x_md, expert_mk)      # x of every token and its experts, or
+      capture.dense('layers/0/w_in', x_ecd, mask_ec) # tokens already dispatched by expert
+      ...
+
+`capture` is called while `apply_fn` runs in Python (outside jit) with concrete arrays. A rule names
+the leaves and how their axes lie. Leaves are compressed in the order in which the first batch
+reports them; each sees the inputs that the compressed ones before it produce, so apply_fn runs once
+more for each.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+import re
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.compress import hessian_core, matrix, parts, quantize
+from moejax.errors import UserError, did_you_mean
+
+_AXES = ('expert', 'in', 'out')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertRule:
+  """Which leaves are expert weights, and how their axes lie.
+
+  pattern: a regex of whole leaf paths, 'a/b/c'. axes: for each axis of the leaf 'expert', 'in'
+  (contracted with the input) or 'out'; without 'expert' the leaf is one matrix.
+  """
+
+  pattern: str
+  axes: tuple[str, ...] = _AXES
+
+  def __post_init__(self):
+    if sorted(self.axes) not in (['expert', 'in', 'out'], ['in', 'out']):
+      raise UserError(f"axes = {self.axes}: 'in' and 'out' once each, and 'expert' at most once")
+    try:
+      re.compile(self.pattern)
+    except re.error as error:
+      raise UserError(f'pattern = {self.pattern!r} is no regular expression: {error}') from error
+
+
+class Capture(Protocol):
+  """What `apply_fn` calls; see the module."""
+
+  def __call__(self, path: str, x_md: Any, expert_mk: Any = None, mask_m: Any = None) -> None: ...
+
+  def dense(self, path: str, x_ecd: Any, mask_ec: Any = None) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TreeResult:
+  """params: the pytree with the rules' leaves replaced. nodes: their compressed weights by path,
+  [experts, in, out]. rows: a report row for each expert matrix."""
+
+  params: Any
+  nodes: dict[str, Any]
+  rows: list[dict[str, Any]]
+
+
+class _Grams:
+  """Sums X^T X of the wanted leaves, expert by expert, as `capture` is called."""
+
+  def __init__(self, leaves: Mapping[str, tuple[int, int]]):
+    """leaves: path -> (experts, inputs), every leaf under a rule."""
+    self._leaves = leaves
+    self.seen: list[str] = []
+    self.wanted: set[str] = set()
+    self.grams: dict[str, np.ndarray] = {}
+    self.tokens: dict[str, np.ndarray] = {}
+
+  def start(self, wanted: Iterable[str]) -> None:
+    self.wanted, self.seen = set(wanted), []
+    self.grams = {p: np.zeros((e, d, d), np.float32)
+                  for p, (e, d) in self._leaves.items() if p in self.wanted}
+    self.tokens = {p: np.zeros(len(g), np.int64) for p, g in self.grams.items()}
+
+  def _check(self, path: str, x: Any) -> np.ndarray:
+    if path not in self._leaves:
+      raise UserError(
+          f'capture({path!r}): no rule names this leaf{did_you_mean(path, self._leaves)}'
+      )
+    if isinstance(x, jax.core.Tracer):
+      raise UserError(f'capture({path!r}) was called under jit: call apply_fn without jax.jit')
+    x = np.asarray(x, np.float32)
+    inputs = self._leaves[path][1]
+    if x.shape[-1] != inputs:
+      raise UserError(f'capture({path!r}): input has shape {x.shape}, the leaf takes {inputs}')
+    if path not in self.seen:
+      self.seen.append(path)
+    return x
+
+  def _add(self, path: str, expert: int, x_md: np.ndarray) -> None:
+    for chunk in matrix.chunks(x_md):
+      self.grams[path][expert] += np.asarray(hessian_core.gram(chunk))
+    self.tokens[path][expert] += len(x_md)
+
+  def __call__(self, path, x_md, expert_mk=None, mask_m=None) -> None:
+    x = self._check(path, x_md)
+    if path not in self.wanted:
+      return
+    experts = self._leaves[path][0]
+    x = x.reshape(-1, x.shape[-1])
+    chosen = np.zeros((len(x), 1), int) if expert_mk is None else (
+        np.asarray(expert_mk).reshape(len(x), -1)
+    )
+    if chosen.size and (chosen.min() < -1 or chosen.max() >= experts):
+      raise UserError(f'capture({path!r}): expert {chosen.max()} of {experts}; -1 means none')
+    keep = np.ones(len(x), bool) if mask_m is None else np.asarray(mask_m, bool).reshape(-1)
+    for expert in range(experts):
+      rows = (chosen == expert).any(1) & keep
+      if rows.any():
+        self._add(path, expert, x[rows])
+
+  def dense(self, path, x_ecd, mask_ec=None) -> None:
+    """Tokens already dispatched: row c of expert e, where the mask says so."""
+    x = self._check(path, x_ecd)
+    if path not in self.wanted:
+      return
+    if x.shape[0] != self._leaves[path][0]:
+      raise UserError(
+          f'capture.dense({path!r}): {x.shape[0]} experts, the leaf has {self._leaves[path][0]}'
+      )
+    for expert, rows in enumerate(x):
+      kept = rows if mask_ec is None else rows[np.asarray(mask_ec, bool)[expert]]
+      if len(kept):
+        self._add(path, expert, kept)
+
+
+def _path(keys: Sequence[Any]) -> str:
+  return '/'.join(str(getattr(k, 'key', getattr(k, 'idx', getattr(k, 'name', k)))) for k in keys)
+
+
+def _forward(leaf: Any, axes: tuple[str, ...]) -> np.ndarray:
+  """A leaf as [expert, in, out]."""
+  array = np.asarray(leaf)
+  if 'expert' not in axes:
+    return np.transpose(array, [axes.index('in'), axes.index('out')])[None]
+  return np.transpose(array, [axes.index(a) for a in _AXES])
+
+
+def _backward(values_edf: np.ndarray, axes: tuple[str, ...]) -> np.ndarray:
+  if 'expert' not in axes:
+    return np.transpose(values_edf[0], np.argsort([axes.index('in'), axes.index('out')]))
+  return np.transpose(values_edf, np.argsort([axes.index(a) for a in _AXES]))
+
+
+def compress_tree(
+    params: Any, rules: Sequence[ExpertRule], apply_fn: Callable[[Any, Any, Capture], Any],
+    batches: Iterable[Any], transform: quantize.Quantize | None = None, *,
+    sequential: bool = True,
+) -> TreeResult:
+  """Quantizes the expert leaves of any pytree from the inputs that `apply_fn` reports.
+
+  Args:
+    params: any pytree of arrays.
+    rules: which leaves; the first rule that matches a path counts.
+    apply_fn: see the module; its result is not looked at.
+    batches: calibration, whatever apply_fn takes; iterated many times, so kept in a list.
+    transform: from `quantize`; its masks and cap are for moejax models and play no part here.
+    sequential: calibrate each leaf behind the compressed ones; False runs apply_fn once a batch.
+
+  The new params hold arrays of the old dtype, made from the stored levels and symbols, so that
+  any function takes them; `nodes` holds what to store.
+
+  Raises:
+    UserError: a rule matches nothing or the wrong rank, apply_fn reports an unknown leaf, none at
+      all, or a misshapen input, or the calibration is empty.
+  """
+  transform = quantize.quantize() if transform is None else transform
+  leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+  paths = [_path(keys) for keys, _ in leaves]
+  values = dict(zip(paths, (leaf for _, leaf in leaves)))
+  axes = _match(rules, values)
+  shapes = {p: _forward(values[p], a).shape for p, a in axes.items()}
+  grams = _Grams({p: s[:2] for p, s in shapes.items()})
+  samples = list(batches)
+  if not samples:
+    raise UserError('calibration has no batch: give at least one')
+
+  def run(wanted, count=None):
+    grams.start(wanted)
+    tree = jax.tree_util.tree_unflatten(structure, [values[p] for p in paths])
+    for batch in samples[:count]:
+      apply_fn(tree, batch, grams)
+
+  run((), 1)
+  order = list(grams.seen)
+  silent = sorted(set(axes) - set(order))
+  if silent:
+    raise UserError(f'apply_fn never called capture({silent[0]!r}, ...), which a rule names')
+  nodes: dict[str, Any] = {}
+  rows: list[dict[str, Any]] = []
+  if not sequential:
+    run(order)
+    stats = {p: (grams.grams[p], grams.tokens[p]) for p in order}
+  for path in order:
+    if sequential:
+      run([path])
+      stats = {path: (grams.grams[path], grams.tokens[path])}
+    gram, tokens = stats[path]
+    made = _quantize_leaf(_forward(values[path], axes[path]), gram, tokens, transform, path)
+    nodes[path] = parts.join(made.parts)
+    rows.extend({'transform': transform.name, **row} for row in made.rows)
+    dense = _backward(parts.dense(nodes[path]), axes[path])
+    values[path] = jnp.asarray(dense, np.asarray(values[path]).dtype)
+  tree = jax.tree_util.tree_unflatten(structure, [values[p] for p in paths])
+  return TreeResult(params=tree, nodes=nodes, rows=rows)
+
+
+def _match(rules: Sequence[ExpertRule], values: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+  axes: dict[str, tuple[str, ...]] = {}
+  for rule in rules:
+    found = [p for p in values if re.fullmatch(rule.pattern, p)]
+    if not found:
+      raise UserError(
+          f'rule {rule.pattern!r} matches no leaf{did_you_mean(rule.pattern, values)}'
+      )
+    for path in found:
+      if np.ndim(values[path]) != len(rule.axes):
+        raise UserError(
+            f'rule {rule.pattern!r} gives {path} axes {rule.axes}, its shape is '
+            f'{np.shape(values[path])}'
+        )
+      axes.setdefault(path, rule.axes)
+  if not axes:
+    raise UserError('no rules: name the leaves that hold experts')
+  return axes
+
+
+def _quantize_leaf(w_edf, gram, tokens, transform, path) -> matrix.Stored:
+  found: list[parts.Part] = []
+  rows: list[dict[str, Any]] = []
+  for start in range(0, len(w_edf), transform.expert_group):
+    ids = range(start, min(start + transform.expert_group, len(w_edf)))
+    at = slice(ids.start, ids.stop)
+    h = hessian_core.scale_gram(jnp.asarray(gram[at]), tokens[at])
+    made = matrix.quantize_matrices(w_edf[at], h, tokens[at], transform.matrix, path, ids)
+    found.extend(made.parts)
+    rows.extend(made.rows)
+  return matrix.Stored(parts=tuple(found), rows=tuple(rows))

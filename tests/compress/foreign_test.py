@@ -1,0 +1,151 @@
+"""compress_tree on models that know nothing of moejax: one in plain jnp, one in Flax NNX."""
+
+from flax import nnx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from moejax import weights
+from moejax.compress import foreign, quantize
+from moejax.errors import UserError
+
+EXPERTS, D, F = 4, 16, 24
+
+
+def plain_params():
+  """Two layers; w_in [e, d, f], w_out stored as [e, out, in] as PyTorch would."""
+  keys = jax.random.split(jax.random.key(0), 6)
+  layer = lambda a, b, c: {
+      'router': jax.random.normal(a, (D, EXPERTS)),
+      'w_in': jax.random.normal(b, (EXPERTS, D, F)) * D**-0.5,
+      'w_out': jax.random.normal(c, (EXPERTS, D, F)) * F**-0.5,
+  }
+  return {'layers': [layer(*keys[:3]), layer(*keys[3:])]}
+
+
+def plain_apply(params, x, capture=None):
+  """Top-2 routing, SiLU, weighted sum."""
+  for i, layer in enumerate(params['layers']):
+    probs = jax.nn.softmax(x @ layer['router'])
+    gate, choice = jax.lax.top_k(probs, 2)
+    if capture:
+      capture(f'layers/{i}/w_in', x, choice)
+    hidden = jax.nn.silu(jnp.einsum('md,edf->emf', x, layer['w_in']))
+    if capture:
+      mask = (choice[None] == jnp.arange(EXPERTS)[:, None, None]).any(-1)
+      capture.dense(f'layers/{i}/w_out', hidden, mask)
+    y = jnp.einsum('emf,edf->emd', hidden, layer['w_out'])
+    x = x + sum(gate[:, k, None] * y[choice[:, k], jnp.arange(len(x))] for k in range(2))
+  return x
+
+
+RULES = [
+    foreign.ExpertRule(pattern=r'layers/\d+/w_in'),
+    foreign.ExpertRule(pattern=r'layers/\d+/w_out', axes=('expert', 'out', 'in')),
+]
+
+
+def inputs(seed, count=2):
+  return [jax.random.normal(k, (200, D)) for k in jax.random.split(jax.random.key(seed), count)]
+
+
+def output_error(params, reference):
+  x = inputs(9)[0]
+  want = plain_apply(reference, x)
+  return float(jnp.sum((plain_apply(params, x) - want) ** 2) / jnp.sum((want - x) ** 2))
+
+
+def test_plain_jnp_model():
+  params = plain_params()
+  gptq = foreign.compress_tree(params, RULES, plain_apply, inputs(1))
+  rtn = foreign.compress_tree(
+      params, RULES, plain_apply, inputs(1), quantize.quantize(method='rtn', refit=False)
+  )
+  assert output_error(gptq.params, params) < 0.8 * output_error(rtn.params, params)
+  assert set(gptq.nodes) == {f'layers/{i}/{w}' for i in (0, 1) for w in ('w_in', 'w_out')}
+  node = gptq.nodes['layers/1/w_out']
+  assert isinstance(node, weights.Ternary) and node.shape == (EXPERTS, F, D)
+  np.testing.assert_array_equal(
+      np.swapaxes(node.dense(jnp.float32), 1, 2), gptq.params['layers'][1]['w_out']
+  )
+  np.testing.assert_array_equal(
+      gptq.params['layers'][0]['router'], params['layers'][0]['router']
+  )
+  assert all(row['tokens'] > 0 and row['fallback'] == '' for row in gptq.rows)
+
+
+def test_captured_inputs_are_those_of_the_compressed_model():
+  """Two leaves in one call: the second's Hessian follows the first's compressed output."""
+  params, (x,) = plain_params(), inputs(1, 1)
+  four = quantize.quantize(4, expert_group=3)
+  sequential = foreign.compress_tree(params, RULES, plain_apply, [x], four)
+  at_once = foreign.compress_tree(params, RULES, plain_apply, [x], four, sequential=False)
+  first = 'layers/0/w_in'
+  np.testing.assert_array_equal(
+      sequential.nodes[first].symbols(), at_once.nodes[first].symbols()
+  )
+  assert (
+      sequential.nodes['layers/1/w_out'].symbols() != at_once.nodes['layers/1/w_out'].symbols()
+  ).any()
+  assert output_error(sequential.params, params) < 0.05
+
+
+class Experts(nnx.Module):
+  """Somebody's NNX mixture: top-1, dispatched by one-hot."""
+
+  def __init__(self, rngs: nnx.Rngs):
+    normal = jax.random.normal
+    self.router = nnx.Linear(D, EXPERTS, rngs=rngs)
+    self.up = nnx.Param(normal(rngs.params(), (EXPERTS, D, F)) * D**-0.5)
+    self.down = nnx.Param(normal(rngs.params(), (EXPERTS, F, D)) * F**-0.5)
+
+  def __call__(self, x, tap=None):
+    choice = jnp.argmax(self.router(x), -1)
+    hidden = jax.nn.relu(jnp.einsum('md,mdf->mf', x, self.up[...][choice]))
+    if tap:
+      tap('up', x, choice)
+      tap('down', hidden, choice)
+    return x + jnp.einsum('mf,mfd->md', hidden, self.down[...][choice])
+
+
+def test_flax_nnx_model():
+  graph, state = nnx.split(Experts(nnx.Rngs(0)))
+  params = nnx.to_pure_dict(state)
+
+  def rebuild(params):
+    filled = nnx.clone(nnx.merge(graph, state))
+    nnx.update(filled, params)
+    return filled
+
+  run = lambda params, x, capture: rebuild(params)(x, tap=capture)
+  rules = [foreign.ExpertRule(pattern='up|down')]
+  result = foreign.compress_tree(params, rules, run, inputs(2), quantize.quantize(3))
+  x = inputs(3)[0]
+  want, got = run(params, x, None), run(result.params, x, None)
+  error = jnp.sum((got - want) ** 2) / jnp.sum((want - x) ** 2)
+  assert 0 < error < 0.1
+  assert result.nodes['up'].bits_per_weight() == 6
+
+
+def test_bad_use():
+  params = plain_params()
+  run = lambda rules, fn=plain_apply, batches=None: foreign.compress_tree(
+      params, rules, fn, inputs(1, 1) if batches is None else batches
+  )
+  with pytest.raises(UserError, match='matches no leaf'):
+    run([foreign.ExpertRule(pattern='layers/0/w_inn')])
+  with pytest.raises(UserError, match='gives layers/0/router axes'):
+    run([foreign.ExpertRule(pattern='layers/0/router')])
+  with pytest.raises(UserError, match='no rule names'):
+    run(RULES[:1])
+  with pytest.raises(UserError, match='never called capture'):
+    run([*RULES, foreign.ExpertRule(pattern='layers/0/router', axes=('in', 'out'))])
+  with pytest.raises(UserError, match='under jit'):
+    run(RULES, lambda p, x, c: jax.jit(lambda p, x: plain_apply(p, x, c))(p, x))
+  with pytest.raises(UserError, match='no batch'):
+    run(RULES, batches=[])
+  with pytest.raises(UserError, match='input has shape'):
+    run(RULES, lambda p, x, c: c('layers/0/w_in', x[:, :3]))
+  with pytest.raises(UserError, match='once each'):
+    foreign.ExpertRule(pattern='x', axes=('in', 'in', 'out'))

@@ -1,0 +1,55 @@
+"""Peak memory of a compression does not grow with the number of layers."""
+
+from pathlib import Path
+import subprocess
+import sys
+
+import jax.numpy as jnp
+import numpy as np
+
+from moejax import store, tree
+from moejax.config import ModelConfig, MoeConfig
+from moejax.model import abstract_params
+
+ROOT = Path(__file__).parents[2]
+_RUN = '''
+import resource, sys
+import numpy as np
+from moejax.compress import driver, quantize
+rng = np.random.default_rng(0)
+tokens = rng.integers(2, 150, (8, 32)).astype(np.int32)
+batch = {{'encoder_tokens': tokens, 'decoder_tokens': tokens, 'targets': tokens,
+         'weights': np.ones((8, 32), np.float32)}}
+driver.compress({model!r}, quantize.quantize(2, method='rtn', refit=False, expert_group=4), [batch],
+                {out!r})
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+'''
+
+
+def peak_bytes(tmp_path, layers):
+  """Peak resident bytes of compressing a model with so many layers of 16 MiB of experts."""
+  config = ModelConfig(
+      vocab_size=256, d_model=128, d_kv=16, d_ff=512, num_heads=2, num_layers=layers,
+      num_decoder_layers=1, relative_attention_num_buckets=8,
+      moe=MoeConfig(num_experts=32, encoder_sparse_step=1, decoder_sparse_step=0),
+  )
+  rng = np.random.default_rng(0)
+  leaves = (
+      (path, rng.standard_normal(leaf.shape, np.float32) * 0.05)
+      for path, leaf in tree.flatten(abstract_params(config)).items()
+  )
+  model = tmp_path / f'model_{layers}'
+  store.save_folder(model, config, leaves)
+  code = _RUN.format(model=str(model), out=str(tmp_path / f'out_{layers}'))
+  done = subprocess.run(
+      [sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT
+  )
+  written = store.Source(tmp_path / f'out_{layers}')
+  assert sum('/experts/' in path for path in written.paths()) == 2 * layers
+  return int(done.stdout.split()[-1])
+
+
+def test_peak_memory_is_independent_of_layers(tmp_path):
+  few, many = peak_bytes(tmp_path, 2), peak_bytes(tmp_path, 12)
+  experts_of_ten_layers = 10 * 2 * 32 * 128 * 512 * jnp.dtype(jnp.float32).itemsize
+  assert many - few < 0.2 * experts_of_ten_layers, (few, many)
