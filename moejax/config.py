@@ -141,7 +141,8 @@ class OptimConfig:
 
   Schedules after the warm-up: 'constant', 'cosine', 'linear', 'rsqrt' (T5's), and 'wsd', constant
   and then linear over the last `decay_steps`. `scale_by_param_rms` makes rates relative to each
-  parameter's size, as Adafactor does (arXiv 1804.04235, section 8). Rules are (path regex, factor), first match wins.
+  parameter's size, as Adafactor does (arXiv 1804.04235, section 8). Rules are (path regex, factor),
+  first match wins.
   """
 
   optimizer: str = 'adamw'

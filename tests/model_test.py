@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import config as config_lib, model, sharding, tree
+from moejax import config as config_lib
+from moejax import model, sharding, tree
 from moejax.nn import switch as switch_nn
 
 SWITCH = config_lib.ModelConfig(

@@ -5,7 +5,8 @@ import pathlib
 import jax
 import pytest
 
-from moejax import config as config_lib, model, presets, sharding
+from moejax import config as config_lib
+from moejax import model, presets, sharding
 from moejax.errors import UserError
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'

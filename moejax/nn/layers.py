@@ -57,7 +57,8 @@ class Attention(nn.Module):
     scale = weight(self, 'norm', nn.initializers.ones, (c.d_model,))
     normed = norm.rms_norm(x_btd, scale, c.norm_eps)
     dropout = nn.Dropout(c.dropout_rate, deterministic=not self.train)
-    y = attention.attend(params, normed, normed if source_bsd is None else source_bsd, bias, dropout)
+    source = normed if source_bsd is None else source_bsd
+    y = attention.attend(params, normed, source, bias, dropout)
     return x_btd + dropout(y)
 
 

@@ -24,7 +24,9 @@ def row_buckets(rows: int) -> tuple[int, int]:
 
 
 def loop_over_experts(
-    group_sizes_e: jax.Array, body: Callable[[jax.Array, jax.Array, jax.Array, Any], Any], carry: Any
+    group_sizes_e: jax.Array,
+    body: Callable[[jax.Array, jax.Array, jax.Array, Any], Any],
+    carry: Any,
 ) -> Any:
   """Folds body(expert, start_row, rows, carry) over the experts with rows, in order."""
   ends_e = jnp.cumsum(group_sizes_e)

@@ -52,7 +52,7 @@ def route(
   Args:
     logits_bte: float32 router logits.
     capacity: tokens one expert takes from one sequence; later ones are dropped. None drops none.
-    valid_bt: bool; False tokens (padding) go to no expert and count in no loss. None: all are valid.
+    valid_bt: bool; False tokens (padding) go to no expert and count in no loss. None: all are.
   """
   batch, length, num_experts = logits_bte.shape
   if valid_bt is None:

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax import config as config_lib, model, tree
+from moejax import config as config_lib
+from moejax import model, tree
 from moejax.nn import aligned
 from moejax.ops import attention, linear, norm
 

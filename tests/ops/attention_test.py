@@ -9,7 +9,7 @@ from moejax.ops import attention, norm
 
 
 def test_buckets_by_hand():
-  # 8 buckets one way: 4 exact distances, then log-spaced up to 16: bucket 4 + floor(4 ln(d/4)/ln 4).
+  # 8 buckets one way: 4 exact distances, then bucket 4 + floor(4 ln(d/4) / ln 4) up to 16.
   buckets = attention.relative_buckets(
       17, 17, bidirectional=False, num_buckets=8, max_distance=16
   )
