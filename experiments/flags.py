@@ -78,7 +78,7 @@ def run(main: Callable[[], None], usage: str | None = None) -> None:
   """
 
   def guarded(_):
-    logging.set_verbosity(logging.ERROR)  # checkpointing libraries talk a lot at INFO
+    logging.set_verbosity(logging.FATAL)  # checkpointing libraries talk a lot
     try:
       main()
     except errors.UserError as error:
