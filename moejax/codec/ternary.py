@@ -24,7 +24,7 @@ FORMAT = 'moejax-ternary-1'
 BLOCK_WEIGHTS = 16384
 _LANES = 4096
 _TOGETHER = 1 << 25
-_FAR = np.int64(1) << 40
+_FAR = 1 << 30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +81,8 @@ def encode(
     )
   e, rows, cols = symbols_erc.shape
   block_rows = min(block_rows or default_block_rows(rows, cols), rows)
+  if block_rows * cols > _FAR // 2:
+    raise UserError(f'a block of {block_rows} rows x {cols} is over {_FAR // 2} weights')
   if designs is None:
     designs = choose_designs(symbols_erc)
   designs = np.asarray(designs, np.uint8)
@@ -146,54 +148,68 @@ def _encode_flat(
     flat: np.ndarray, sizes: np.ndarray, design: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Codewords of consecutive blocks, uint16, and the count of each, int64."""
-  starts = np.concatenate([[0], np.cumsum(sizes)])[:-1]
+  ends = np.cumsum(sizes)
   places = np.flatnonzero(flat)
-  signs = (flat[places] - 1).astype(np.int32)
-  # A nonzero beyond every block stops the last run; blocks end by their size.
-  places = np.append(places, _FAR)
-  signs = np.append(signs, 0)
-  first = np.searchsorted(places, starts)
-  parts = [
-      _encode_lanes(
-          places, signs, first[i : i + _LANES], starts[i : i + _LANES], sizes[i : i + _LANES],
-          tunstall.table(design),
-      )
-      for i in range(0, len(sizes), _LANES)
-  ]
+  firsts = np.searchsorted(places, np.append(0, ends))
+  parts = []
+  for i in range(0, len(sizes), _LANES):
+    own = slice(firsts[i], firsts[min(i + _LANES, len(sizes))])
+    lane_ends = ends[i : i + _LANES]
+    runs, signs, heads = _runs(
+        places[own], flat[places[own]], lane_ends - sizes[i : i + _LANES], lane_ends
+    )
+    parts.append(_encode_lanes(runs, signs, heads, tunstall.table(design)))
   return (
       np.concatenate([codes for codes, _ in parts]).astype(np.uint16),
       np.concatenate([counts for _, counts in parts]),
   )
 
 
-def _encode_lanes(places, signs, next_l, start_l, size_l, table):
-  """Parses blocks side by side, each step taking a run of zeros and the nonzero that ends it."""
-  end_l = start_l + size_l
-  lanes = len(start_l)
-  live = np.arange(lanes)
-  at, ahead, node = start_l.copy(), next_l.copy(), np.zeros(lanes, np.int64)
-  end = end_l
-  out_lane, out_code = [], []
+def _runs(places, symbols, starts, ends):
+  """Runs of zeros before each nonzero and, _FAR longer, before the end of each lane.
+
+  Returns run lengths and signs (1: high) of all lanes back to back, and each lane's first.
+  """
+  per_lane = np.diff(np.searchsorted(places, np.append(starts, ends[-1])))
+  tails = np.cumsum(per_lane)
+  stops = np.insert(places, tails, ends)
+  signs = np.insert(symbols == 2, tails, False).astype(np.int32)
+  heads = tails - per_lane + np.arange(len(starts))
+  before = np.append(0, stops[:-1] + 1)
+  before[heads] = starts
+  runs = stops - before
+  runs[tails + np.arange(len(starts))] += _FAR
+  return runs.astype(np.int32), signs, heads
+
+
+def _encode_lanes(runs, signs, heads, table):
+  """Parses lanes side by side: each step takes a run of zeros, or as much as ends a codeword."""
+  steps = np.concatenate([table.child_ns.reshape(-1), -1 - table.chain_code_n])
+  live, at, node = np.arange(len(heads)), heads, np.zeros(len(heads), np.int32)
+  run, sign = runs[at], signs[at]
+  taken: list[np.ndarray] = []
+  lanes, codes = [], []
   while live.size:
-    # Nonzeros of the next block are not ours: they count as far away.
-    place = places[ahead]
-    run = np.where(place < end, place, _FAR) - at
-    chain = table.chain_n[node]
+    chain = table.chain_n.take(node)
     hit = run < chain
-    child = table.child_ns[np.where(hit, node + run, 0), signs[ahead]]
-    child = np.where(hit, child, -1 - table.chain_code_n[node])
-    at = at + np.where(hit, run + 1, chain)
-    ahead = ahead + hit
-    leaf = child < 0
-    out_lane.append(live[leaf])
-    out_code.append(-1 - child[leaf])
-    node = np.where(leaf, 0, child)
-    going = ~leaf | (at < end)
-    if not going.all():
-      live, at, ahead, node, end = live[going], at[going], ahead[going], node[going], end[going]
-  lane, code = np.concatenate(out_lane), np.concatenate(out_code)
+    child = steps.take(np.where(hit, 2 * (node + run) + sign, table.child_ns.size + node))
+    taken.append(child)
+    at = at + hit
+    run = np.where(hit, runs.take(at), run - chain)
+    sign = signs.take(at)
+    node = np.maximum(child, 0)
+    # A lane ends with the codeword that reaches or passes the end of its last run.
+    done = (child < 0) & (run <= _FAR) & (run > _FAR // 2)
+    if done.any():
+      parsed = np.stack(taken, axis=1)
+      lane, step = np.nonzero(parsed < 0)
+      lanes.append(live[lane])
+      codes.append(-1 - parsed[lane, step])
+      taken.clear()
+      live, at, node, run, sign = (a[~done] for a in (live, at, node, run, sign))
+  lane = np.concatenate(lanes)
   order = np.argsort(lane, kind='stable')
-  return code[order], np.bincount(lane, minlength=lanes)
+  return np.concatenate(codes)[order], np.bincount(lane, minlength=len(heads))
 
 
 def decode(encoded: Encoded) -> np.ndarray:
