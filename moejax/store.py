@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moejax import config as config_lib
@@ -245,6 +246,7 @@ def load_folder(
     UserError: anything missing, corrupt, mixed up, or NaN, by file and name.
   """
   source = Source(folder, verify=verify)
-  put = place or (lambda _, leaf: jax.block_until_ready(jax.device_put(leaf, may_alias=False)))
+  # asarray copies once; device_put would alias the file's memory map, and array() copies twice.
+  put = place or (lambda _, leaf: jax.block_until_ready(jax.tree.map(jnp.asarray, leaf)))
   flat = {path: put(path, source.read(path)) for path in source.paths()}
   return source.config, tree.unflatten(flat)

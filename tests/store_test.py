@@ -259,3 +259,12 @@ def test_a_folder_is_never_left_half_written(folder, dense, tmp_path):
     store.save_folder(folder, dataclasses.replace(CONFIG, vocab_size=99), leaves())
   assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
   assert [p.name for p in pathlib.Path(tmp_path).iterdir()] == ['m']
+
+
+def test_loaded_weights_do_not_lie_in_the_file(dense, tmp_path):
+  """Else a file that changes on disk would change a model in memory."""
+  store.save_folder(tmp_path / 'm', CONFIG, dense)
+  _, params = store.load_folder(tmp_path / 'm')
+  file = tmp_path / 'm' / 'model.safetensors'
+  patch(file, 0, bytes(file.stat().st_size))
+  assert_same(params, dense)

@@ -1,0 +1,5 @@
+"""Conversion from and to Hugging Face folders."""
+
+from moejax.convert.folder import HfSource, convert_folder, from_hf, to_hf
+
+__all__ = ['HfSource', 'convert_folder', 'from_hf', 'to_hf']

@@ -89,7 +89,7 @@ def from_hf(
     UserError: anything missing, extra, misshapen, unknown or corrupt, by its name.
   """
   source = HfSource(folder, dtype)
-  put = place or (lambda _, array: jax.block_until_ready(jax.device_put(array, may_alias=False)))
+  put = place or (lambda _, array: jax.block_until_ready(jax.device_put(array)))
   flat = {path: put(path, source.read(path).assemble()) for path in source.paths()}
   return Model(source.config, tree.unflatten(flat))
 

@@ -59,8 +59,12 @@ CONFIG = {
     'decoder only': (dict(is_encoder_decoder=False), 'is_encoder_decoder'),
     'two ends': (dict(eos_token_id=[1, 2]), 'eos_token_id'),
     'wrong width': (dict(d_ff=25), r'has shape \(24, 16\), config.json wants \(25, 16\)'),
-    'too many experts': (dict(num_experts=4), r'classifier.* has shape \(3, 16\), config.json wants \(4, 16\)'),
-    'too few experts': (dict(num_experts=2), r'classifier.* has shape \(3, 16\), config.json wants \(2, 16\)'),
+    'too many experts': (
+        dict(num_experts=4), r'classifier.* has shape \(3, 16\), config.json wants \(4, 16\)'
+    ),
+    'too few experts': (
+        dict(num_experts=2), r'classifier.* has shape \(3, 16\), config.json wants \(2, 16\)'
+    ),
     'too many layers': (dict(num_layers=4), r'block\.3.* is missing'),
     'another sparse step': (dict(encoder_sparse_step=1), 'is missing'),
     'bias that is not there': (dict(router_bias=True), r'classifier\.bias.* is missing'),
