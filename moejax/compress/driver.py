@@ -73,12 +73,12 @@ class _Context:
     if self._work is None:
       return make()
     folder = self._work / f'{self._layer.replace("/", ".")}.{experts[0]:05d}'
+    if (group := parts.load_group(folder)) is not None:
+      return group
+    parts.save_group(folder, make())
+    # What a resumed run would read, so that both go on alike.
     group = parts.load_group(folder)
-    if group is None:
-      group = make()
-      parts.save_group(folder, group)
-      # What a resumed run would read, so that both go on alike.
-      group = parts.load_group(folder)
+    assert group is not None
     return group
 
 
@@ -117,41 +117,53 @@ def compress(
   report: dict[str, Any] = {'source': origin, 'steps': [], 'layers': [], 'before': _sizes(source)}
   plans: list[Any] = []
   work_root = None if out is None else _work_folder(out, source, steps, data)
-  result = None
-  for i, step in enumerate(steps):
-    last = i == len(steps) - 1
+  for i, step in enumerate(steps[:-1]):
     work = None if work_root is None else work_root / f'step_{i}'
-    target = out if last else (None if work is None else work / 'model')
-    started = time.monotonic()
-    if not last and target is not None and store.is_folder(target):
-      source = sources.open_source(target)
-      done = files.read_json(work / 'done.json')
-      report['layers'] += done['rows']
-      plans.append(done['plan'])
-      report['steps'].append({**done['step'], 'resumed': True})
-      continue
-    result = _run_pass(source, step, data, work, target, origin, plans, progress)
-    report['layers'] += result.report['rows']
-    entry = {
-        'transform': step.name, 'settings': step.describe(),
-        'seconds': time.monotonic() - started, 'peak_host_bytes': _peak_bytes(),
-    }
-    report['steps'].append(entry)
-    if not last:
-      if work is not None:
-        files.write_json(
-            work / 'done.json', {'rows': result.report['rows'], 'plan': plans[-1], 'step': entry}
-        )
-      source = sources.open_source(target if target is not None else result.model)
-  assert result is not None
-  finished = sources.open_source(out if out is not None else result.model)
-  report['after'] = _sizes(finished)
+    source = _earlier_pass(source, step, data, work, origin, plans, progress, report)
+  work = None if work_root is None else work_root / f'step_{len(steps) - 1}'
+  result, entry = _timed_pass(source, steps[-1], data, work, out, origin, plans, progress)
+  report['layers'] += result.report['rows']
+  report['steps'].append(entry)
+  report['after'] = _sizes(sources.open_source(_made(result)))
   report['loss'] = result.report['loss']
   report['tokens'] = {s: data.calibration_tokens(s) for s in ('encoder', 'decoder')}
-  if out is not None:
+  if out is not None and work_root is not None:
     _write_report(out, report)
     shutil.rmtree(work_root)
   return dataclasses.replace(result, report=report)
+
+
+def _made(result: Result) -> Model | Path:
+  made = result.model if result.folder is None else result.folder
+  assert made is not None
+  return made
+
+
+def _timed_pass(source, step, data, work, target, origin, plans, progress):
+  started = time.monotonic()
+  result = _run_pass(source, step, data, work, target, origin, plans, progress)
+  return result, {
+      'transform': step.name, 'settings': step.describe(),
+      'seconds': time.monotonic() - started, 'peak_host_bytes': _peak_bytes(),
+  }
+
+
+def _earlier_pass(source, step, data, work, origin, plans, progress, report) -> Any:
+  """A step of a chain before the last; returns the model it made, as a source."""
+  target = None if work is None else work / 'model'
+  if target is not None and (work / 'done.json').is_file():
+    done = files.read_json(work / 'done.json')
+    made: Any = target
+    plans.append(done['plan'])
+  else:
+    result, entry = _timed_pass(source, step, data, work, target, origin, plans, progress)
+    done = {'rows': result.report['rows'], 'plan': plans[-1], 'step': entry}
+    made = _made(result)
+    if work is not None:
+      files.write_json(work / 'done.json', done)
+  report['layers'] += done['rows']
+  report['steps'].append(done['step'])
+  return sources.open_source(made)
 
 
 def _peak_bytes() -> int:

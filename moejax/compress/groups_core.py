@@ -74,7 +74,8 @@ def gptq_grouped(
       grids_core.find_grid, bits=bits, symmetric=symmetric, grid_scale=grid_scale,
       threshold=threshold,
   )
-  diffs, grids, pieces, values, error = jnp.zeros_like(w), [], [], [], 0.0
+  diffs, grids, pieces, values = jnp.zeros_like(w), [], [], []
+  error = jnp.zeros((w.shape[0], w.shape[2]), jnp.float32)
   for block in range(0, d, block_size):
     block_end = min(block + block_size, d)
     firsts = [g for g in range(block, block_end) if g % group_size == 0]

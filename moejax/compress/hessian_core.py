@@ -11,7 +11,7 @@ def gram(x_md: jax.Array) -> jax.Array:
   return jnp.einsum('md,mc->dc', x, x, precision='highest')
 
 
-def scale_gram(gram_edd: jax.Array, tokens_e: jax.Array) -> jax.Array:
+def scale_gram(gram_edd: jax.Array, tokens_e: jax.typing.ArrayLike) -> jax.Array:
   """H = X^T X * tokens / 2, the scale of the published code; identity where tokens is 0.
 
   The factor matters only for the 1e-6 floor of the damping and for printed errors.

@@ -141,11 +141,11 @@ def _attempt(w, h, bits, settings: Settings, dtype) -> _Attempt:
         ),
     )
     scale, threshold = choice.grid_scale, choice.threshold
-  options = {
+  options: dict[str, Any] = {
       'symmetric': settings.symmetric, 'grid_scale': jnp.asarray(scale),
       'threshold': jnp.asarray(threshold),
   }
-  sweep = {
+  sweep: dict[str, Any] = {
       'damping': settings.damping, 'block_size': settings.block_size,
       'act_order': settings.act_order, **options,
   }
@@ -237,12 +237,12 @@ def quantize_matrices(
         error <= settings.max_error
     )
     kept = np.flatnonzero(good)
-    for i in np.flatnonzero(~good):
+    for i in np.flatnonzero(~good).tolist():
       tried[int(pending[i])].append({'bits': bits, 'relative_output_error': float(error[i])})
     if kept.size:
-      part = _store(a, kept, [ids[j] for j in pending], settings, dtype)
+      part = _store(a, kept, [ids[int(j)] for j in pending], settings, dtype)
       out.append(part)
-      for i in kept:
+      for i in kept.tolist():
         j = int(pending[i])
         rows[j] = {
             'bits': bits, 'bits_per_weight': _bits(part.weight),
@@ -256,7 +256,7 @@ def quantize_matrices(
       break
   if pending.size:
     kept_weight = w_edf[pending].astype(ml_dtypes.bfloat16)
-    experts = tuple(int(ids[j]) for j in pending)
+    experts = tuple(int(ids[int(j)]) for j in pending)
     out.append(parts.Part(format=KEPT, experts=experts, weight=kept_weight))
     for j in pending:
       zeros = float((w_edf[j] == 0).mean())

@@ -82,12 +82,13 @@ def dense(weight: Any) -> np.ndarray:
     return np.asarray(weight, np.float32)
   if isinstance(weight, weights.Packed):
     levels = np.stack([np.asarray(weight.scale), np.asarray(weight.zero)], -1)
-    rows = dequantize(weight.symbols(), levels.astype(np.float32), weight.width,
-                      weight.group_size or weight.cols)
-  elif isinstance(weight, weights.Mixed):
-    return np.asarray(weight.dense(jnp.float32))
-  else:
+    rows = dequantize(
+        weight.symbols(), levels.astype(np.float32), weight.width, weight.group_size or weight.cols
+    )
+  elif isinstance(weight, weights.Ternary | weights.TernaryV1):
     rows = dequantize(weight.symbols(), np.asarray(weight.levels, np.float32), 'ternary')
+  else:
+    return np.asarray(weight.dense(jnp.float32))
   return np.swapaxes(rows, 1, 2)
 
 
@@ -109,7 +110,8 @@ def save_group(folder: Path, group: Group) -> None:
   try:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    entries, tensors = [], []
+    entries: list[dict[str, Any]] = []
+    tensors: list[tuple[str, np.ndarray]] = []
     for name, parts in group.parts.items():
       for part in parts:
         is_node = isinstance(part.weight, weights.WeightNode)
@@ -190,7 +192,7 @@ def _concat(pieces: Sequence[Any]) -> Any:
         max_words=max(p.max_words for p in pieces),
     )
   if isinstance(first, weights.Packed):
-    fields = {name: stack(name) for name in ('words', 'scale', 'zero')}
+    fields: dict[str, Any] = {name: stack(name) for name in ('words', 'scale', 'zero')}
     return dataclasses.replace(first, **fields)
   raise UserError(f'cannot join {len(pieces)} weights of class {type(first).__name__}')
 
