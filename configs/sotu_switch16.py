@@ -36,10 +36,10 @@ def get_config() -> config.Experiment:
       ),
       optim=config.OptimConfig(
           learning_rate=2e-2, scale_by_param_rms=True, schedule='wsd', warmup_steps=100,
-          decay_steps=1000, weight_decay=0.01,
+          decay_steps=330, weight_decay=0.01,
       ),
       train=config.TrainConfig(
-          steps=3000, batch_size=64, compute_dtype='bfloat16', aligned_start=True,
+          steps=1650, batch_size=64, compute_dtype='bfloat16', aligned_start=True,
           eval_every=250, checkpoint_every=500, log_every=50, save_dtype='bfloat16',
       ),
   )

@@ -1,6 +1,7 @@
 import pytest
 
-from moejax import config as config_lib, presets
+from moejax import config as config_lib
+from moejax import presets
 from moejax.errors import UserError
 
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.ops import expert_dot as expert_dot_lib, ffn, grouped
+from moejax.ops import expert_dot as expert_dot_lib
+from moejax.ops import ffn, grouped
 from moejax.routing import dispatch
 
 SIZES = [
