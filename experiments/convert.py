@@ -30,7 +30,8 @@ def _progress(items, total):
 def main() -> None:
   flags_lib.require('source', 'out')
   config = folder.convert_folder(
-      str(_SOURCE.value), str(_OUT.value), format=_FORMAT.value, dtype=_DTYPE.value, progress=_progress
+      str(_SOURCE.value), str(_OUT.value), format=_FORMAT.value, dtype=_DTYPE.value,
+      progress=_progress,
   )
   print(f'{_OUT.value}: {config.family}, {config.num_layers} + {config.num_decoder_layers} layers')
 
