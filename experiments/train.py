@@ -15,15 +15,18 @@ from moejax.train import loop
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run: checkpoints, logs, model.')
 _DISTRIBUTED = flags.DEFINE_bool(
-    'distributed', False, 'Join a multi-process run: JAX finds the coordinator on TPU and Slurm.'
+    'distributed', False, 'Join a multi-process run; on TPU and Slurm JAX finds the rest itself.'
 )
+_COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of the first process.')
+_PROCESSES = flags.DEFINE_integer('processes', None, 'Number of processes of the run.')
+_PROCESS = flags.DEFINE_integer('process', None, 'Which of them this is, from 0.')
 
 
 def main() -> None:
   common.require('config', 'workdir')
   experiment = common.load_config(flags.FLAGS.config, flags.FLAGS.set)
   if _DISTRIBUTED.value:
-    jax.distributed.initialize()
+    jax.distributed.initialize(_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
   result = loop.run(experiment, str(_WORKDIR.value), should_stop=common.stop_on_signals())
   print(json.dumps(result))
 

@@ -187,7 +187,7 @@ def run(
   log = Log(default_hooks(workdir, first) if hooks is None else hooks, train.steps)
   meter = throughput.make_meter(experiment, data.train.lengths, mesh.size)
   rate = optim.schedule(experiment.optim, train.steps)
-  over = lambda: should_stop() or 0 < train.max_seconds < time.monotonic() - started
+  over = lambda: agreed(should_stop() or 0 < train.max_seconds < time.monotonic() - started)
   stop, placed = begin + train.steps - first, sharding.batch_sharding(mesh)
   for index, batch in batches_lib.prefetch(data.train, begin, stop, placed):
     state, metrics = train_step(state, batch)
@@ -216,6 +216,13 @@ def run(
   return {
       'step': step, 'finished': step >= train.steps, 'model': str(workdir / 'model'), **scalars
   }
+
+
+def agreed(answer: bool) -> bool:
+  """The first process's answer, on every process: they must stop at the same step."""
+  if jax.process_count() == 1:
+    return answer
+  return bool(multihost_utils.broadcast_one_to_all(np.int32(answer)))
 
 
 def due(step: int, every: int) -> bool:

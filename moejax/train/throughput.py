@@ -51,7 +51,10 @@ class Meter:
     self._start = time.monotonic()
 
   def add(self, metrics: Any) -> None:
+    """Takes a step's metrics; waits for the step before the last, so that none runs far ahead."""
     self._rows.append(metrics)
+    if len(self._rows) > 2:
+      jax.block_until_ready(self._rows[-3])
     if not self._compiled:
       jax.block_until_ready(metrics)
       self._compiled, self._untimed = True, 1

@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -106,6 +107,30 @@ def test_killed_at_a_random_step_ends_in_the_same_model(config, tmp_path):
   assert got == want and len(want) == 42
   one, two = (model.Model.load(folder / 'model') for folder in (whole, broken))
   jax.tree.map(np.testing.assert_array_equal, one.params, two.params)
+
+
+def test_two_processes_train_as_one(config, tmp_path):
+  settings = ['--set', 'train.steps=3', '--set', 'mesh.data=2', '--set', 'train.eval_every=3']
+  with socket.socket() as probe:
+    probe.bind(('localhost', 0))
+    port = probe.getsockname()[1]
+  processes = [
+      subprocess.Popen(
+          command(config, tmp_path / 'two', *settings, '--distributed',
+                  '--coordinator', f'localhost:{port}', '--processes', '2', '--process', str(i)),
+          cwd=ROOT, env=environment(tmp_path / f'cache{i}'), stdout=subprocess.PIPE,
+          stderr=subprocess.PIPE, text=True,
+      )
+      for i in range(2)
+  ]
+  for process in processes:
+    _, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+  one = run(config, tmp_path / 'one', *settings[:2], '--set', 'train.eval_every=3')
+  assert one.returncode == 0, one.stderr
+  want, got = last_losses(tmp_path / 'one'), last_losses(tmp_path / 'two')
+  assert want.keys() == got.keys() and len(want) == 4
+  np.testing.assert_allclose([got[k] for k in want], list(want.values()), rtol=1e-5)
 
 
 def test_a_finished_run_leaves_everything_behind(config, tmp_path):
