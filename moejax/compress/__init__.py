@@ -1,0 +1,28 @@
+"""Compression of mixtures of experts: `compress(model, quantize(...), batches)` and its parts.
+
+Names are imported when first used. `quantize` and `dry_run` are modules here; their functions are
+`moejax.quantize` and `moejax.compress.dry_run.dry_run`.
+"""
+
+import importlib
+from typing import Any
+
+_PUBLIC = {
+    'Chain': 'base',
+    'ExpertRule': 'foreign',
+    'Result': 'driver',
+    'Search': 'matrix',
+    'Transform': 'base',
+    'chain': 'base',
+    'compress': 'driver',
+    'compress_tree': 'foreign',
+    'qmoe': 'quantize',
+}
+
+__all__ = sorted(_PUBLIC)
+
+
+def __getattr__(name: str) -> Any:
+  if name in _PUBLIC:
+    return getattr(importlib.import_module(f'moejax.compress.{_PUBLIC[name]}'), name)
+  raise AttributeError(f"module 'moejax.compress' has no attribute {name!r}")

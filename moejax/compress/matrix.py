@@ -20,9 +20,13 @@ from moejax.compress import (
   search_core,
   size,
 )
-from moejax.errors import UserError
+from moejax.errors import UserError, did_you_mean
 
 _LADDER: tuple[str | int, ...] = ('ternary', 2, 3, 4)
+_CHOICES = {
+    'method': ('gptq', 'rtn'), 'storage': ('moejax', 'qmoe_v1', 'dense'),
+    'level_dtype': ('bfloat16', 'float32', 'weights'),
+}
 _CHUNK = 2048
 KEPT = 'bfloat16'
 
@@ -41,7 +45,7 @@ class Search:
 class Settings:
   """How one matrix is quantized; the fields are explained at `quantize.quantize`."""
 
-  bits: str | int = 'ternary'
+  bits: Any = 'ternary'
   method: str = 'gptq'
   damping: float = 0.1
   block_size: int = 128
@@ -60,6 +64,10 @@ class Settings:
   def __post_init__(self):
     if self.bits not in _LADDER:
       raise UserError(f'bits = {self.bits!r}: one of {_LADDER}')
+    for name, known in _CHOICES.items():
+      value = str(getattr(self, name))
+      if value not in known:
+        raise UserError(f'{name} = {value!r}: one of {known}{did_you_mean(value, known)}')
     if self.group_size is not None and self.group_size < 1:
       raise UserError(f'group_size = {self.group_size}: at least 1, or None')
     if self.group_size is not None and self.bits == 'ternary' and self.storage != 'dense':

@@ -12,11 +12,9 @@ import numpy as np
 
 from moejax import weights
 from moejax.compress import base, hessian_core, matrix, parts
-from moejax.errors import UserError, did_you_mean
+from moejax.errors import UserError
 from moejax.ops import ffn
 
-STORAGES = ('moejax', 'qmoe_v1', 'dense')
-METHODS = ('gptq', 'rtn')
 _ROWS = 2048
 
 
@@ -30,6 +28,17 @@ class Quantize(base.Transform):
   expert_group: int
   token_cap_factor: float
   layers: str
+
+  def __post_init__(self):
+    try:
+      re.compile(self.layers)
+    except re.error as error:
+      raise UserError(f'layers = {self.layers!r} is no regular expression: {error}') from error
+    if self.expert_group < 1 or self.token_cap_factor < 0:
+      raise UserError(
+          f'expert_group = {self.expert_group}: at least 1; token_cap_factor = '
+          f'{self.token_cap_factor}: at least 0'
+      )
 
   def takes(self, path: str) -> bool:
     return re.fullmatch(self.layers, path) is not None
@@ -144,24 +153,12 @@ def quantize(
   Raises:
     UserError: an unknown value, or a combination that no storage holds.
   """
-  _one_of('method', method, METHODS)
-  _one_of('storage', storage, STORAGES)
-  _one_of('level_dtype', level_dtype, ('bfloat16', 'float32', 'weights'))
   settings = matrix.Settings(
       bits=bits, method=method, damping=damping, block_size=block_size, act_order=act_order,
       group_size=group_size, symmetric=symmetric, refit=refit and group_size is None,
       refit_ridge=refit_ridge, grid_scale=grid_scale, threshold=threshold, search=search,
       storage=storage, level_dtype=level_dtype, max_error=max_error,
   )
-  try:
-    re.compile(layers)
-  except re.error as error:
-    raise UserError(f'layers = {layers!r} is no regular expression: {error}') from error
-  if expert_group < 1 or token_cap_factor < 0:
-    raise UserError(
-        f'expert_group = {expert_group} must be at least 1, token_cap_factor = '
-        f'{token_cap_factor} at least 0'
-    )
   return Quantize(
       matrix=settings, true_sequential=true_sequential, mask_special=mask_special,
       expert_group=expert_group, token_cap_factor=token_cap_factor, layers=layers,
@@ -175,10 +172,5 @@ def qmoe(bits: str | int = 'ternary', **changes) -> Quantize:
       'storage': 'qmoe_v1' if bits == 'ternary' else 'moejax',
   }
   return quantize(bits, **{**published, **changes})
-
-
-def _one_of(name: str, value: str, known: Sequence[str]) -> None:
-  if value not in known:
-    raise UserError(f'{name} = {value!r}: one of {known}{did_you_mean(str(value), known)}')
 
 

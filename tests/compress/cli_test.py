@@ -1,0 +1,72 @@
+"""python -m experiments.compress: a run on text, overrides, and bad input in one line."""
+
+import json
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from moejax import weights
+from moejax.config import ModelConfig, MoeConfig
+from moejax.data import tokenizer as tokenizer_lib
+from moejax.model import Model
+
+ROOT = Path(__file__).parents[2]
+TEXT = 'The state of the union is strong, and the people of this nation are its strength. ' * 60
+
+
+def run(*arguments):
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu'}
+  return subprocess.run(
+      [sys.executable, '-m', 'experiments.compress', *map(str, arguments)], cwd=ROOT, env=env,
+      capture_output=True, text=True, check=False,
+  )
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  root = tmp_path_factory.mktemp('cli')
+  (root / 'text.txt').write_text(TEXT)
+  tokenizer = tokenizer_lib.train([TEXT], 512)
+  config = ModelConfig(
+      vocab_size=512, d_model=16, d_kv=8, d_ff=32, num_heads=2, num_layers=2,
+      num_decoder_layers=2, relative_attention_num_buckets=8, moe=MoeConfig(num_experts=4),
+  )
+  Model.init(config, jax.random.key(0)).save(root / 'model')
+  tokenizer.save(root / 'model')
+  return root
+
+
+def test_compress_text(folder):
+  done = run(
+      '--config', 'configs/qmoe.py:two_bit', '--model', folder / 'model', '--calibration',
+      folder / 'text.txt', '--validation', folder / 'text.txt', '--out', folder / 'out',
+      '--samples', 4, '--set', 'layers=decoder/.*',
+  )
+  assert done.returncode == 0, done.stderr
+  summary = json.loads(done.stdout)
+  assert summary['matrices'] == 8 and summary['loss'] > 0
+  experts = Model.load(folder / 'out').params
+  assert isinstance(experts['decoder']['layers_1']['ffn']['experts']['wi'], weights.Packed)
+  assert not isinstance(experts['encoder']['layers_1']['ffn']['experts']['wi'], weights.Packed)
+
+
+@pytest.mark.parametrize('change,message', [
+    ({'--config': 'configs/qmoe.py:ternry'}, "did you mean 'ternary'"),
+    ({'--set': 'matrix.dampin=1'}, "did you mean 'damping'"),
+    ({'--model': 'nowhere'}, 'does not exist'),
+    ({'--calibration': None}, '--calibration is missing'),
+])
+def test_bad_input(folder, change, message):
+  arguments = {
+      '--config': 'configs/qmoe.py', '--model': folder / 'model',
+      '--calibration': folder / 'text.txt', '--out': folder / 'bad',
+  } | change
+  done = run(*(x for k, v in arguments.items() if v is not None for x in (k, v)))
+  assert done.returncode == 2
+  assert done.stderr.startswith('error: ') and message in done.stderr
+  assert len(done.stderr.strip().splitlines()) == 1
+  assert not (folder / 'bad').exists()
