@@ -1,6 +1,6 @@
 """What a compression is: a Transform makes new experts for one layer, a group at a time."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 from typing import Any, Protocol
 
@@ -31,8 +31,8 @@ class LayerContext(Protocol):
   config: ModelConfig
   num_experts: int
 
-  def inputs(self, experts: Sequence[int]) -> list[np.ndarray]:
-    """The normed inputs of each expert, float32 [m_e, d], as often as asked.
+  def inputs(self, experts: Sequence[int]) -> Iterable[np.ndarray]:
+    """The normed inputs of each expert, float32 [m_e, d], made one by one, as often as asked.
 
     Tokens come in order, at most the cap of them, without validation and special tokens.
     """

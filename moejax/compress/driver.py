@@ -66,8 +66,8 @@ class _Context:
     tokens = tokens[tokens < self._limit]
     return tokens[~self._special[tokens]] if self._calibration.mask_special else tokens
 
-  def inputs(self, experts: Sequence[int]) -> list[np.ndarray]:
-    return [self._acts.expert_inputs(self._tokens(e)) for e in experts]
+  def inputs(self, experts: Sequence[int]) -> Iterable[np.ndarray]:
+    return (self._acts.expert_inputs(self._tokens(e)) for e in experts)
 
   def group(self, experts, make) -> parts.Group:
     if self._work is None:

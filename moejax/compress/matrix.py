@@ -1,6 +1,6 @@
 """Quantizes a batch of expert matrices and stores them: search, GPTQ, refit, quality gate."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
 import functools
 from typing import Any
@@ -108,15 +108,19 @@ def chunks(x_md: np.ndarray, size: int = _CHUNK) -> Iterator[jax.Array]:
     yield jnp.asarray(np.pad(piece, ((0, rows - len(piece)), (0, 0))))
 
 
-def hessians(inputs: Sequence[np.ndarray]) -> jax.Array:
-  """The Hessian of each expert's inputs [m, d], float32 [e, d, d]; identity without tokens."""
-  grams = []
+def hessians(inputs: Iterable[np.ndarray]) -> tuple[jax.Array, list[int]]:
+  """The Hessian of each expert's inputs [m, d], float32 [e, d, d], and how many they were.
+
+  Identity without tokens.
+  """
+  grams, tokens = [], []
   for x in inputs:
     gram = jnp.zeros((x.shape[1], x.shape[1]), jnp.float32)
     for chunk in chunks(x):
       gram = gram + hessian_core.gram(chunk)
     grams.append(gram)
-  return hessian_core.scale_gram(jnp.stack(grams), np.array([len(x) for x in inputs]))
+    tokens.append(len(x))
+  return hessian_core.scale_gram(jnp.stack(grams), np.array(tokens)), tokens
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

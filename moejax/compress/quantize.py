@@ -1,6 +1,6 @@
 """quantize(...): QMoE (arXiv 2310.16795) as a Transform over the experts of a model."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import re
@@ -66,14 +66,12 @@ class Quantize(base.Transform):
       yield context.group(ids, functools.partial(self._group, path, source, context, ids))
 
   def _group(self, path, source, context, ids) -> parts.Group:
-    inputs = context.inputs(ids)
     names = [n for n in ('gate', 'wi', 'wo') if f'{path}/experts/{n}' in source.paths()]
     read = lambda name: [source.read_expert(f'{path}/experts/{name}', e) for e in ids]
     result: dict[str, list[parts.Part]] = {}
     rows: list[dict[str, Any]] = []
     own: dict[str, Any] = {}
-    h_in = matrix.hessians(inputs)
-    tokens = [len(x) for x in inputs]
+    h_in, tokens = matrix.hessians(context.inputs(ids))
 
     def run(name, stacked, h):
       weight = f'{path}/experts/{name}'
@@ -89,7 +87,7 @@ class Quantize(base.Transform):
     if self.true_sequential:
       group = parts.Group(experts=ids, parts=result, rows=rows)
       own = {name: parts.group_dense(group, name) for name in own}
-    hidden = _hidden_hessians(own, inputs, context.config.activation)
+    hidden = _hidden_hessians(own, context.inputs(ids), tokens, context.config.activation)
     run('wo', np.stack(read('wo')), hidden)
     order = {name: i for i, name in enumerate(names)}
     rows.sort(key=lambda row: (row['expert'], order[row['path'].rpartition('/')[2]]))
@@ -106,7 +104,8 @@ def _hidden_gram(weights_df: Mapping[str, jax.Array], x_md: jax.Array, activatio
 
 
 def _hidden_hessians(
-    own: Mapping[str, np.ndarray], inputs: Sequence[np.ndarray], activation: str
+    own: Mapping[str, np.ndarray], inputs: Iterable[np.ndarray], tokens: Sequence[int],
+    activation: str,
 ) -> jax.Array:
   grams, hidden_size = [], own['wi'].shape[2]
   for i, x in enumerate(inputs):
@@ -115,7 +114,7 @@ def _hidden_hessians(
     for chunk in matrix.chunks(x, _ROWS):
       gram = gram + _hidden_gram(mine, chunk, activation)
     grams.append(gram)
-  return hessian_core.scale_gram(jnp.stack(grams), np.array([len(x) for x in inputs]))
+  return hessian_core.scale_gram(jnp.stack(grams), np.array(tokens))
 
 
 def quantize(

@@ -18,12 +18,16 @@ def _payload(zero_share: float, rows: int, cols: int, storage: str) -> float:
   """Codeword bits a weight of independent symbols, measured by coding some."""
   rng = np.random.default_rng(0)
   sample = max(1, min(rows, _SAMPLE_WEIGHTS // cols))
-  zero = rng.random((sample, cols)) < zero_share
-  symbols = np.where(zero, 0, rng.integers(1, 3, (sample, cols))).astype(np.uint8)
+  matrices = max(1, _SAMPLE_WEIGHTS // (sample * cols))
+  # Exactly the share of zeros: a random one would be off by more than the estimate may be.
+  count = matrices * sample * cols
+  symbols = rng.integers(1, 3, count).astype(np.uint8)
+  symbols[rng.permutation(count)[: round(zero_share * count)]] = 0
   if storage == 'qmoe_v1':
-    return 16 * qmoe_v1.encode(symbols)[0].size / symbols.size
+    return 16 * qmoe_v1.encode(symbols.reshape(-1, cols))[0].size / count
   block = min(default_block_rows(rows, cols), sample)
-  return 16 * ternary.encode(symbols[None], block_rows=block).words_w.size / symbols.size
+  coded = ternary.encode(symbols.reshape(matrices, sample, cols), block_rows=block)
+  return 16 * coded.words_w.size / count
 
 
 def ternary_bits_per_weight(
