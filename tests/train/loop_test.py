@@ -158,7 +158,9 @@ def test_a_finished_run_leaves_everything_behind(config, tmp_path):
   ) == experiment
 
   # It goes on from that folder, and a finished run that is started again trains no further.
-  more = flags.load_config(str(config), ['train.steps=3', f'init_from={workdir / "model"}'])
+  more = flags.load_config(
+      str(config), ['train.steps=3', f'init_from={workdir / "model"}', 'data.valid_files=[]']
+  )
   first = []
   loop.run(more, tmp_path / 'more', hooks=[first.append])
   assert first[0].metrics['loss'] < seen[0].metrics['loss']
@@ -181,7 +183,9 @@ def test_overfits_a_tiny_text(config, tmp_path):
 
 
 def test_time_is_up(config, tmp_path):
-  experiment = flags.load_config(str(config), ['train.max_seconds=0.001'])
+  experiment = flags.load_config(
+      str(config), ['train.max_seconds=0.001', 'data.valid_files=[]']
+  )
   result = loop.run(experiment, tmp_path / 'run', hooks=[])
   assert not result['finished'] and result['step'] == 1
   assert loop.run(experiment, tmp_path / 'run', hooks=[])['step'] == 2
