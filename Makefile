@@ -22,9 +22,7 @@ bench: $(VENV)/.installed-test
 
 # Hours: trains the demo's checkpoint from nothing, measures it, and runs every bench.
 evidence: $(VENV)/.installed-test
-	$(BIN)/python -m experiments.train --config configs/sotu_switch16.py:warm --workdir runs/sotu_warm
-	$(BIN)/python -m experiments.train --config configs/sotu_switch16.py --workdir runs/sotu \
-	  --set init_from=runs/sotu_warm/model --set data.tokenizer=runs/sotu_warm/model
+	$(BIN)/python -m experiments.train --config configs/sotu_switch16.py --workdir runs/sotu
 	mkdir -p experiments/evidence
 	$(BIN)/python -m experiments.bench --suite foundation --out experiments/evidence/foundation.json
 

@@ -45,7 +45,11 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> config_lib.Experime
     raise errors.UserError(f'{name} has no function get_config()')
   if variant and not inspect.signature(get_config).parameters:
     raise errors.UserError(f'{name} has no variants; leave out :{variant}')
-  return config_lib.apply_overrides(get_config(variant) if variant else get_config(), overrides)
+  try:
+    config = get_config(variant) if variant else get_config()
+  except TypeError as error:
+    raise errors.UserError(f'{name}: get_config() failed: {error}') from error
+  return config_lib.apply_overrides(config, overrides) if overrides else config
 
 
 def require(*names: str) -> None:

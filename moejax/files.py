@@ -155,8 +155,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-  """Writes a JSON object, the same bytes for the same value."""
-  path.write_text(json.dumps(value, indent=2, sort_keys=True) + '\n')
+  """Writes a JSON object whole or not at all, the same bytes for the same value."""
+  partial = path.with_name(f'.{path.name}.partial')
+  partial.write_text(json.dumps(value, indent=2, sort_keys=True) + '\n')
+  partial.replace(path)
 
 
 def copy_tokenizer(source: Path | str, target: Path) -> list[str]:
