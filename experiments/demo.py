@@ -114,7 +114,8 @@ def run(settings: steps.Settings) -> dict[str, Any]:
   batches: list[dict[str, Any]] = []
   variants = []
   for recipe in recipes:
-    folder, made = trained, {'steps': [], 'layers': []}
+    folder = trained
+    made: dict[str, Any] = {'steps': [], 'layers': []}
     if recipe.transform is not None:
       folder = settings.workdir / 'models' / recipe.key
 

@@ -125,7 +125,7 @@ def measure(folder: str, against: str | None) -> dict[str, Any]:
 
 def main() -> None:
   common.require('model')
-  result = measure(_MODEL.value, _AGAINST.value)
+  result = measure(str(_MODEL.value), _AGAINST.value)
   if _OUT.value:
     try:
       files.write_json(pathlib.Path(_OUT.value), result)

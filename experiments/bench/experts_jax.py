@@ -1,5 +1,7 @@
 """Worker: the expert loop against a dense [experts, tokens] expansion and `ragged_dot`, CPU."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -16,7 +18,7 @@ def main() -> None:
     w = jax.random.normal(keys[1], (experts, d, f))
     owner = jnp.sort(jax.random.randint(keys[2], (tokens,), 0, experts))
     sizes = jnp.zeros(experts, jnp.int32).at[owner].add(1)
-    forms = {
+    forms: dict[str, Any] = {
         'expert loop (ours)': expert_dot_lib.expert_dot,
         'lax.ragged_dot': jax.lax.ragged_dot,
         'one dense product of the same size': lambda x, w, sizes: x @ w[0],

@@ -51,11 +51,12 @@ def loss_against_bits(report: Report) -> str:
           ('zeroed_experts_content_loss', 'experts switched off'),
       ) if key in report.baselines
   ]
-  losses = [v.loss for v in shown] + [value for _, value in lines]
+  losses: list[float] = [float(v.loss or 0.0) for v in shown] + [float(u) for _, u in lines]
+  bits_shown = [float(v.bits or 1.0) for v in shown]
   low, high = min(losses), max(losses)
   pad = max(0.08 * (high - low), 0.05)
   low, high = low - pad, high + pad
-  octaves = (min(-1.0, math.floor(math.log2(min(v.bits for v in shown)))), 4.15)
+  octaves = (min(-1.0, math.floor(math.log2(min(bits_shown)))), 4.15)
   x = lambda bits: left + 12 + (math.log2(bits) - octaves[0]) / (octaves[1] - octaves[0]) * (
       WIDTH - left - right - 12
   )
