@@ -42,9 +42,8 @@ class Experts(nn.Module):
 
   @nn.compact
   def __call__(self, x_btd: jax.Array, routing: Routing) -> jax.Array:
-    one_device = self.mesh is None or self.mesh.size == 1
     params: dict[str, Any] = ffn_params(self, self.config, (self.config.moe.num_experts,))
-    dropout = nn.Dropout(self.config.dropout_rate) if self.train and one_device else None
+    dropout = nn.Dropout(self.config.dropout_rate) if self.train and self.mesh is None else None
     if dropout is not None:
       inner = dropout
       dropout = lambda h: inner(h, deterministic=False)
