@@ -112,7 +112,7 @@ class _Params:
     return self._flat[path]
 
   def read_expert(self, path: str, index: int) -> np.ndarray:
-    return np.asarray(self._flat[path])[index]
+    return np.asarray(self._flat[path][index])
 
 
 def to_hf(

@@ -73,6 +73,12 @@ def initial_params(experiment: config_lib.Experiment) -> Any:
     config = experiment.model
     return aligned.align(model.init_params(config, jax.random.key(experiment.train.seed)), config)
   loaded = model.Model.load(experiment.init_from)
+  nodes = [p for p, leaf in tree.flatten(loaded.params).items() if not tree.is_array(leaf)]
+  if nodes:
+    raise errors.UserError(
+        f'init_from {experiment.init_from} is compressed ({nodes[0]}): training needs the model '
+        'before it was compressed'
+    )
   changed = checkpoint.differences(
       config_lib.to_json(loaded.config), config_lib.to_json(experiment.model), 'model'
   )

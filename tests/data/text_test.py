@@ -109,3 +109,9 @@ def test_a_small_vocabulary_says_how_small(trained):
 def test_a_text_shorter_than_a_sample_names_the_setting(trained):
   with pytest.raises(errors.UserError, match=r'data\.valid_files: no text of at least 2 tokens'):
     batches.tokenize(['x'], trained, 'data.valid_files')
+
+
+def test_names_with_pattern_characters_are_names(tmp_path):
+  odd = tmp_path / 'speech[1].txt'
+  odd.write_text('one odd name')
+  assert list(text.documents([str(odd)])) == ['one odd name']
