@@ -251,8 +251,11 @@ def _run_pass(source, step, data, work, target, origin, plans, progress) -> Resu
     flat = {path: jax.tree.map(jnp.asarray, leaf) for path, leaf in leaves}
     made = Model(config, tree.unflatten(flat))
     return Result(model=made, folder=None, report=report, **states)
-  provenance = {'source': origin, 'compression': [step.describe()], 'sizes': _sizes(source)}
+  provenance: dict[str, Any] = {'source': origin, 'compression': [step.describe()], 'sizes': _sizes(source)}
   folder = source.folder if isinstance(source, sources.FolderSource) else None
+  if folder is not None:
+    earlier = source.manifest.get('provenance') or {}
+    provenance |= {name: earlier[name] for name in ('trained',) if name in earlier}
   store.save_folder(
       target, config, leaves, provenance=provenance, plan=plans, tokenizer_from=folder
   )

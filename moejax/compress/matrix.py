@@ -147,9 +147,11 @@ def _attempt(w, h, bits, settings: Settings, dtype) -> _Attempt:
     choice = search_core.search_grid(
         w, h, bits=bits, target_bits=s.target_bits, scales=s.scales, thresholds=s.thresholds,
         outputs=s.outputs, damping=settings.damping, block_size=settings.block_size,
-        refit=settings.refit, rounding=settings.method == 'rtn',
+        symmetric=settings.symmetric, act_order=settings.act_order, refit=settings.refit,
+        ridge=settings.refit_ridge, level_dtype=dtype, rounding=settings.method == 'rtn',
         estimate=functools.partial(
-            size.ternary_bits_per_weight, rows=f, cols=d, storage=settings.storage
+            size.ternary_bits_per_weight, rows=f, cols=d, storage=settings.storage,
+            level_bits=8 * np.dtype(dtype).itemsize,
         ),
     )
     scale, threshold = choice.grid_scale, choice.threshold
@@ -258,7 +260,7 @@ def quantize_matrices(
         j = int(pending[i])
         rows[j] = {
             'bits': bits, 'bits_per_weight': _bits(part.weight),
-            'zeros': _zeros(a, i), 'relative_output_error': float(error[i]),
+            'zeros': _zeros(a, i, settings.group_size), 'relative_output_error': float(error[i]),
             'error_before_refit': float(a.before[i] / total[j]),
             'fallback': _fallback(tokens[j], bool(a.fallback[i]), settings),
             'grid_scale': float(a.grid_scale[i]), 'threshold': float(a.threshold[i]),
@@ -284,9 +286,11 @@ def quantize_matrices(
   return Stored(parts=tuple(out), rows=table)
 
 
-def _zeros(a: _Attempt, i: int) -> float:
+def _zeros(a: _Attempt, i: int, group_size: int | None) -> float:
+  if a.values is not None:
+    return float((a.values[i] == 0).mean())
   values = parts.dequantize(
       a.symbols[i : i + 1], a.levels[i : i + 1], a.bits,
-      None if a.levels.ndim == 3 else -(-a.symbols.shape[2] // a.levels.shape[2]),
+      None if a.levels.ndim == 3 else group_size,
   )
   return float((values == 0).mean())

@@ -6,7 +6,7 @@ trade of zeros (so bits) against output error; GPTQ on a sample of the outputs t
 
 from collections.abc import Callable, Sequence
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,8 @@ def search_grid(
     target_bits: float | None = None, estimate: Callable[[np.ndarray], np.ndarray] = entropy,
     scales: Sequence[float] = SCALES, thresholds: Sequence[float] = THRESHOLDS,
     outputs: int = 64, damping: float = 0.1, block_size: int = 128, refit: bool = True,
-    rounding: bool = False,
+    ridge: float = 0.1, level_dtype: Any = jnp.bfloat16, symmetric: bool = False,
+    act_order: bool = False, rounding: bool = False,
 ) -> Choice:
   """Tries each (range, threshold) on evenly spread outputs of each matrix and keeps the best.
 
@@ -51,10 +52,14 @@ def search_grid(
       the fewest bits. None: the least error.
     estimate: zero shares -> stored bits a weight.
     outputs: how many outputs a matrix is sampled at.
-    damping, block_size, refit: as the quantization to come. rounding: it will be RTN.
+    damping, block_size, refit, ridge, level_dtype, symmetric, act_order: as the quantization to
+      come. rounding: it will be RTN.
   """
   step = max(1, w_edf.shape[2] // outputs)
   w = w_edf[:, :, ::step][:, :, :outputs].astype(jnp.float32)
+  if act_order:
+    order = gptq_core.order_by_diagonal(h_edd)
+    w, h_edd = gptq_core.permute_inputs(w, order), gptq_core.permute_hessian(h_edd, order)
   lam = gptq_core.damping_lambda(h_edd, damping)
   if rounding:
     r, failed = jnp.zeros(()), jnp.zeros((w.shape[0],), bool)
@@ -67,12 +72,16 @@ def search_grid(
   zeros, errors = [], []
   for scale, threshold in tried:
     if rounding:
-      q = gptq_core.rtn(w, bits, grid_scale=scale, threshold=threshold)
+      q = gptq_core.rtn(w, bits, symmetric=symmetric, grid_scale=scale, threshold=threshold)
     else:
-      grid = grids_core.find_grid(w, bits, grid_scale=scale, threshold=threshold)
+      grid = grids_core.find_grid(
+          w, bits, symmetric=symmetric, grid_scale=scale, threshold=threshold
+      )
       symbols, error = gptq_core.sweep_factored(w, r, grid, block_size=block_size)
       q = gptq_core.Quantized(symbols, grid, gptq_core.values_of(grid, symbols), error, failed, lam)
-    fit = refit_core.refit(w, h_edd, q, enabled=refit)
+    fit = refit_core.refit(
+        w, h_edd, q, ridge=ridge, level_dtype=level_dtype, enabled=refit
+    )
     zeros.append(np.asarray((q.symbols == 0).mean(axis=(1, 2))))
     errors.append(np.asarray(fit.error_after.sum(1)) / total)
   zero_ce, error_ce = np.stack(zeros), np.stack(errors)

@@ -60,7 +60,8 @@ def _file_documents(files: list[str]) -> Iterator[str]:
     except OSError as error:
       raise errors.UserError(f'cannot read {file}: {error.strerror}') from error
   stream = datasets.load_dataset(
-      'text', data_files=[glob.escape(file) for file in files], split='train', streaming=True, sample_by='document'
+      'text', data_files=[glob.escape(file) for file in files], split='train', streaming=True,
+      sample_by='document',
   )
   try:
     for row in stream:

@@ -18,6 +18,7 @@ from moejax import config as config_lib
 from moejax import errors, files
 from moejax.train import state as state_lib
 
+# What shapes the params or the optimizer's state.
 _FIXED = ('model', 'optim.optimizer', 'data.num_sentinels')
 
 

@@ -68,19 +68,19 @@ def by_rules(rules, params: Any, field: str) -> Any:
   return tree.map_paths(value, params)
 
 
-def decoupled_decay(decay: float, factors: Any) -> optax.GradientTransformation:
-  """Adds decay * factor * parameter to each update (arXiv 1711.05101); stateless."""
+def decay_and_scale(
+    decay: float, decay_factors: Any, rate_factors: Any
+) -> optax.GradientTransformation:
+  """(update + decay * decay factor * parameter) * rate factor (arXiv 1711.05101); stateless."""
+
+  def one(u, p, d, r):
+    u = u + (decay * d) * p.astype(u.dtype) if decay * d else u
+    return u * r if r != 1.0 else u
 
   def update(updates, state, params=None):
-    add = lambda u, p, f: u + (decay * f) * p.astype(u.dtype) if f else u
-    return jax.tree.map(add, updates, params, factors), state
+    return jax.tree.map(one, updates, params, decay_factors, rate_factors), state
 
   return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
-def scale_by_tree(factors: Any) -> optax.GradientTransformation:
-  """Multiplies each update by its own constant; stateless."""
-  return optax.stateless(lambda updates, _: jax.tree.map(lambda u, f: u * f, updates, factors))
 
 
 def make_optimizer(
@@ -97,16 +97,14 @@ def make_optimizer(
   """
   decay_factors = by_rules(config.weight_decay_rules, params, 'optim.weight_decay_rules')
   rate_factors = by_rules(config.learning_rate_rules, params, 'optim.learning_rate_rules')
-  parts = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm > 0 else []
-  parts.append(_preconditioner(config, params))
-  if config.scale_by_param_rms:
-    parts.append(optax.scale_by_param_block_rms())
-  if config.weight_decay > 0:
-    parts.append(decoupled_decay(config.weight_decay, decay_factors))
-  if any(factor != 1.0 for factor in jax.tree.leaves(rate_factors)):
-    parts.append(scale_by_tree(rate_factors))
-  parts.append(optax.scale_by_learning_rate(schedule(config, steps)))
-  return optax.chain(*parts)
+  # Every stage is there, on or off: settings may then change between a checkpoint and its resume.
+  return optax.chain(
+      optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity(),
+      _preconditioner(config, params),
+      optax.scale_by_param_block_rms() if config.scale_by_param_rms else optax.identity(),
+      decay_and_scale(config.weight_decay, decay_factors, rate_factors),
+      optax.scale_by_learning_rate(schedule(config, steps)),
+  )
 
 
 def _preconditioner(config: config_lib.OptimConfig, params: Any) -> optax.GradientTransformation:

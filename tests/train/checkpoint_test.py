@@ -91,6 +91,20 @@ def test_another_model_is_refused_by_field(common, trained, tmp_path):
         saved.restore(_target(made))
 
 
+def test_settings_of_the_optimizer_may_change(common, trained, tmp_path):
+  made, middle, _, _ = trained
+  _save(tmp_path, made, middle)
+  changed = common.setup(common.experiment(
+      optim__clip_norm=0.0, optim__weight_decay=0.0, optim__scale_by_param_rms=True,
+      optim__learning_rate_rules=[['.*norm', 0.5], ['.*', 1.0]],
+  ))
+  with opened(tmp_path, changed.experiment) as saved:
+    state, _, lines = saved.restore(_target(changed))
+  assert len(lines) >= 4 and any('optim.clip_norm: 1.0 -> 0.0' in line for line in lines)
+  for got, want in zip(jax.tree.leaves(state), jax.tree.leaves(middle), strict=True):
+    np.testing.assert_array_equal(got, want)
+
+
 def test_a_broken_checkpoint_is_named(trained, tmp_path):
   made, middle, _, _ = trained
   with opened(tmp_path, made.experiment) as saved:
