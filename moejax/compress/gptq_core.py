@@ -25,6 +25,10 @@ _SUB = 16
 # Columns a step of the factorisation takes.
 _FACTOR_BLOCK = 128
 
+# Where float32 products default to fewer bits (TPU, TF32), symbols would leave the reference's.
+_dot = functools.partial(jnp.matmul, precision='highest')
+_einsum = functools.partial(jnp.einsum, precision='highest')
+
 
 class Quantized(NamedTuple):
   """What GPTQ, or rounding, makes of e matrices.
@@ -61,14 +65,14 @@ def _upper_factor(a_dd: jax.Array) -> jax.Array:
     end = min(start + _FACTOR_BLOCK, d)
     column = a_dd[:end, start:end]
     if end < d:
-      column = column - r[:end, end:] @ r[start:end, end:].T
+      column = column - _dot(r[:end, end:], r[start:end, end:].T)
     corner = column[start:end][::-1, ::-1]
     lower = jax.lax.linalg.cholesky(corner, symmetrize_input=False)
     eye = jnp.eye(end - start, dtype=a_dd.dtype)
     inverse = jax.lax.linalg.triangular_solve(lower, eye, left_side=True, lower=True)
     r = r.at[start:end, start:end].set(lower[::-1, ::-1])
     if start:
-      r = r.at[:start, start:end].set(column[:start] @ inverse[::-1, ::-1].T)
+      r = r.at[:start, start:end].set(_dot(column[:start], inverse[::-1, ::-1].T))
   return r
 
 
@@ -77,14 +81,20 @@ def factor(h_edd: jax.Array, lambda_e: jax.Array) -> tuple[jax.Array, jax.Array]
   """Upper triangular R with R R^T = H + lambda I, float32 [e, d, d], and bool [e]: it failed.
 
   An expert whose matrix is not positive definite, or not finite, gets R = I, which turns GPTQ into
-  plain rounding; it does not touch the others.
+  plain rounding; it does not touch the others. Inside, float64 on CPU and GPU, float32 on TPU.
   """
 
+  # The pivots are small differences of large numbers. In float32 they cost five times the error of
+  # the published order (which factors the inverse), enough to flip a symbol now and then.
+  wide = jax.default_backend() != 'tpu'
+
   def one(h_dd, lam):
-    eye = jnp.eye(h_dd.shape[-1], dtype=jnp.float32)
-    r = _upper_factor(h_dd.astype(jnp.float32) + lam * eye)
+    d = h_dd.shape[-1]
+    with jax.enable_x64(wide):
+      eye = jnp.eye(d, dtype=jnp.float64 if wide else jnp.float32)
+      r = _upper_factor(h_dd.astype(eye.dtype) + lam.astype(eye.dtype) * eye).astype(jnp.float32)
     good = jnp.all(jnp.isfinite(r)) & jnp.all(jnp.isfinite(h_dd))
-    return jnp.where(good, r, eye), ~good
+    return jnp.where(good, r, jnp.eye(d, dtype=jnp.float32)), ~good
 
   return jax.lax.map(lambda pair: one(*pair), (h_edd, lambda_e))
 
@@ -120,11 +130,11 @@ def sweep_block(carried_ebf, w_ebf, m_ebb, weight_eb, flat_grid):
     cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=sub)
     m_cols = cut(m_ebb, axis=2)
     m_own, w, weight = cut(m_cols, axis=1), cut(w_ebf, axis=1), cut(weight_eb, axis=1)
-    carried = cut(carried_ebf, axis=1) + jnp.einsum('ekj,ekf->ejf', m_cols, diffs)
+    carried = cut(carried_ebf, axis=1) + _einsum('ekj,ekf->ejf', m_cols, diffs)
 
     def column(j, carry):
       own_diffs, own_symbols, error = carry
-      moved = _at(carried, j, 1) + jnp.einsum('ek,ekf->ef', _at(m_own, j, 2), own_diffs)
+      moved = _at(carried, j, 1) + _einsum('ek,ekf->ef', _at(m_own, j, 2), own_diffs)
       symbol = flat_grid.symbols(moved)
       q = flat_grid.values(symbol)
       error = error + _at(weight, j, 1)[:, None] * (moved - q) ** 2
@@ -163,7 +173,7 @@ def _carry(state, m, start, *, done, ahead):
   rows = jax.lax.dynamic_slice_in_dim(m, start, done, axis=1)
   cols = jax.lax.dynamic_slice_in_dim(rows, start + done, ahead, axis=2)
   target = jax.lax.dynamic_slice_in_dim(state, start + done, ahead, axis=1)
-  target = target + jnp.einsum('ekj,ekf->ejf', cols, diffs)
+  target = target + _einsum('ekj,ekf->ejf', cols, diffs)
   return jax.lax.dynamic_update_slice_in_dim(state, target, start + done, axis=1)
 
 

@@ -25,7 +25,9 @@ def _updated(w, r, diffs, start, *, size):
   """
   cols = jax.lax.dynamic_slice_in_dim(r, start, size, axis=2)
   before = jnp.arange(w.shape[1]) < start
-  carried = jnp.einsum('ekj,ekf->ejf', jnp.where(before[None, :, None], cols, 0.0), diffs)
+  carried = jnp.einsum(
+      'ekj,ekf->ejf', jnp.where(before[None, :, None], cols, 0.0), diffs, precision='highest'
+  )
   own = jax.lax.dynamic_slice_in_dim(cols, start, size, axis=1)
   moved = jax.lax.linalg.triangular_solve(own, carried, left_side=True, transpose_a=True)
   return jax.lax.dynamic_slice_in_dim(w, start, size, axis=1) + moved
@@ -36,7 +38,7 @@ def _segment(w, m, weight, diffs, grid, start, *, size):
   """Sweeps inputs start..start+size under one grid."""
   cut = functools.partial(jax.lax.dynamic_slice_in_dim, start_index=start, slice_size=size)
   cols, own_w = cut(m, axis=2), cut(w, axis=1)
-  carried = own_w + jnp.einsum('ekj,ekf->ejf', cols, diffs)
+  carried = own_w + jnp.einsum('ekj,ekf->ejf', cols, diffs, precision='highest')
   flat_grid = jax.tree.map(lambda a: a[:, 0], grid)
   own_diffs, symbols, error = gptq_core.sweep_block(
       carried, own_w, cut(cols, axis=1), cut(weight, axis=1), flat_grid

@@ -32,4 +32,4 @@ def hessian(x_md: jax.Array) -> jax.Array:
 def quadratic(h_edd: jax.Array, w_edf: jax.Array) -> jax.Array:
   """w^T H w of each output, [e, f]: the squared norm of its output over the calibration tokens."""
   w = w_edf.astype(jnp.float32)
-  return jnp.sum(w * jnp.einsum('edc,ecf->edf', h_edd, w), axis=1)
+  return jnp.sum(w * jnp.einsum('edc,ecf->edf', h_edd, w, precision='highest'), axis=1)

@@ -75,7 +75,8 @@ def _refit_one(w, h, symbols, error, ridge, grid, dtype, enabled):
   rounded = lambda pair: tuple(a.astype(dtype).astype(jnp.float32) for a in pair)
   start = _coefficients(grid, tuple(a[0] for a in grids_core.row_levels(grid)))
   basis = _basis(grid, symbols)
-  images = [jnp.where(jnp.isfinite(h), h, 0.0) @ b for b in basis]
+  finite = jnp.where(jnp.isfinite(h), h, 0.0)
+  images = [jnp.matmul(finite, b, precision='highest') for b in basis]
   diff = w - start[0][None] * basis[0] - start[1][None] * basis[1]
   dot = lambda a, b: jnp.sum(a * b, axis=0)
   gram = dot(basis[0], images[0]), dot(basis[0], images[1]), dot(basis[1], images[1])
@@ -138,7 +139,9 @@ def _refit(w_edf, h_edd, quantized, ridge, *, level_dtype, enabled):
 
   def one(args):
     w, h, symbols, values, known, simple, grid = args
-    exact = lambda: jnp.sum((w - values) * (h @ (w - values)), axis=0)
+    exact = lambda: jnp.sum(
+        (w - values) * jnp.matmul(h, w - values, precision='highest'), axis=0
+    )
     error = jax.lax.cond(simple, exact, lambda: known)
     mean = jnp.mean(jnp.diagonal(h))
     return _refit_one(w, h, symbols, error, ridge * mean, grid, level_dtype, enabled)
