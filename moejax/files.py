@@ -6,11 +6,12 @@ import errno
 import fnmatch
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 import shutil
 import socket
-from typing import Any
+from typing import IO, Any
 import uuid
 
 from moejax.errors import UserError
@@ -24,6 +25,7 @@ REPLACEABLE = (
     'config.json', 'manifest.json', '*.safetensors', '*.safetensors.index.json',
     'report.json', 'report.html', 'plan.json', *TOKENIZER_FILES,
 )
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REMEDIES = {
     errno.ENOSPC: 'the disk is full: free some space, or choose another folder',
     errno.EDQUOT: 'the disk quota is used up: free some space, or choose another folder',
@@ -37,10 +39,32 @@ _REMEDIES = {
 }
 
 
-def os_error(target: Path | str, error: OSError) -> UserError:
-  """Turns an OSError met while writing below `target` into a one-line UserError."""
-  remedy = _REMEDIES.get(error.errno or 0, f'{error.strerror or error}')
-  return UserError(f'cannot write {target}: {remedy} (nothing half-written was left)')
+class WriteError(UserError):
+  """A file or folder that could not be written; the OSError behind it is `reason`."""
+
+  def __init__(self, target: Path | str, reason: OSError):
+    remedy = _REMEDIES.get(reason.errno or 0, f'{reason.strerror or reason}')
+    super().__init__(f'cannot write {target}: {remedy} (nothing half-written was left)')
+    self.reason = reason
+
+
+def os_error(target: Path | str, error: OSError | WriteError) -> WriteError:
+  """Turns an error met while writing below `target` into a one-line UserError."""
+  return WriteError(target, error.reason if isinstance(error, WriteError) else error)
+
+
+def no_room(target: Path | str, error: BaseException) -> WriteError | None:
+  """The UserError for a full disk, quota or file size, however a library wrapped it; else None."""
+  seen: list[BaseException] = []
+  while error is not None and error not in seen:
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+      return WriteError(target, error)
+    for code in NO_ROOM:
+      if os.strerror(code) in str(error):
+        return WriteError(target, OSError(code, os.strerror(code)))
+    seen.append(error)
+    error = error.__cause__ or error.__context__  # type: ignore[assignment]
+  return None
 
 
 @contextlib.contextmanager
@@ -54,7 +78,7 @@ def atomic_folder(target: Path | str) -> Iterator[Path]:
     UserError: the target cannot be written (full disk, permissions), or must not be replaced.
   """
   target = Path(target).absolute()
-  _check_replaceable(target)
+  check_replaceable(target)
   prefix = f'.{target.name}.partial-{socket.gethostname()}-'
   partial = target.parent / f'{prefix}{os.getpid()}-{uuid.uuid4().hex[:8]}'
   try:
@@ -67,13 +91,15 @@ def atomic_folder(target: Path | str) -> Iterator[Path]:
         _sync(file)
       _sync(partial)
       _swap_in(partial, target)
-    except OSError as error:
+    except (OSError, WriteError) as error:
       raise os_error(target, error) from error
   finally:
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_replaceable(target: Path) -> None:
+def check_replaceable(target: Path | str) -> None:
+  """Raises UserError if a model folder must not go to `target`: a file, or other things there."""
+  target = Path(target).absolute()
   try:
     if not target.exists():
       return
@@ -154,11 +180,75 @@ def read_json(path: Path) -> dict[str, Any]:
   return value
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-  """Writes a JSON object whole or not at all, the same bytes for the same value."""
+def write_whole(path: Path | str, content: str | bytes) -> None:
+  """Writes a file whole or not at all; what was there stays until the new content is on disk.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  path = Path(path)
   partial = path.with_name(f'.{path.name}.partial')
-  partial.write_text(json.dumps(value, indent=2, sort_keys=True) + '\n')
-  partial.replace(path)
+  try:
+    with open(partial, 'wb', buffering=0) as f:
+      _write_all(f, content.encode() if isinstance(content, str) else content)
+      os.fsync(f.fileno())
+    partial.replace(path)
+  except OSError as error:
+    with contextlib.suppress(OSError):
+      partial.unlink()
+    raise os_error(path, error) from error
+
+
+def _write_all(file: IO[bytes], content: bytes) -> None:
+  view = memoryview(content)
+  while view:
+    view = view[file.write(view):]
+
+
+class Appender:
+  """A file that grows by whole records: one that does not fit leaves the file as it was."""
+
+  def __init__(self, path: Path | str):
+    self._path = Path(path)
+    try:
+      self._file = open(self._path, 'ab', buffering=0)  # noqa: SIM115 - open as long as the run
+    except OSError as error:
+      raise os_error(self._path, error) from error
+
+  def append(self, record: bytes) -> None:
+    """Appends a record; raises UserError when it cannot be written."""
+    size = os.fstat(self._file.fileno()).st_size
+    try:
+      _write_all(self._file, record)
+    except OSError as error:
+      with contextlib.suppress(OSError):
+        self._file.truncate(size)
+      raise os_error(self._path, error) from error
+
+  def close(self) -> None:
+    self._file.close()
+
+
+def json_text(value: Any, **options: Any) -> str:
+  """`json.dumps` with null in place of NaN and infinity, which JSON does not have."""
+  return json.dumps(_finite(value), allow_nan=False, **options)
+
+
+def _finite(value: Any) -> Any:
+  if isinstance(value, Mapping):
+    return {name: _finite(entry) for name, entry in value.items()}
+  if isinstance(value, list | tuple):
+    return [_finite(entry) for entry in value]
+  return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: Path | str, value: Mapping[str, Any]) -> None:
+  """Writes a JSON object whole or not at all, the same bytes for the same value; NaN is null.
+
+  Raises:
+    UserError: it cannot be written.
+  """
+  write_whole(path, json_text(value, indent=2, sort_keys=True) + '\n')
 
 
 def copy_tokenizer(source: Path | str, target: Path) -> list[str]:

@@ -1,5 +1,9 @@
-"""Folders appear whole or not at all, also when the process is killed or the disk is full."""
+"""Folders and files appear whole or not at all, also after a kill or on a full disk."""
 
+import contextlib
+import errno
+import json
+import math
 import os
 import pathlib
 import resource
@@ -79,18 +83,77 @@ def test_a_folder_that_is_not_writable(tmp_path):
   assert str(parent / 'model') in str(error.value) and '\n' not in str(error.value)
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path):
-  """A limit on file sizes makes the write itself fail, in the middle of a file."""
+@contextlib.contextmanager
+def full_disk(size):
+  """Within it no file can grow past `size` bytes: a write fails in the middle of the file."""
   soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-  resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+  resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
   try:
-    with pytest.raises(UserError, match='cannot write .*model') as error:
-      with files.atomic_folder(tmp_path / 'model') as partial:
-        (partial / 'model.safetensors').write_bytes(bytes(200_000))
+    yield
   finally:
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('write', [
+    lambda partial: (partial / 'model.safetensors').write_bytes(bytes(200_000)),
+    lambda partial: files.write_json(partial / 'config.json', {'a': 'x' * 200_000}),
+])
+def test_a_full_disk_is_one_line_and_leaves_nothing(write, tmp_path):
+  target = tmp_path / 'model'
+  with full_disk(100_000):
+    with pytest.raises(UserError) as error, files.atomic_folder(target) as partial:
+      write(partial)
+  assert str(error.value).startswith(f'cannot write {target}: ') and '\n' not in str(error.value)
   assert names(tmp_path) == []
+
+
+def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):
+  file = tmp_path / 'a.txt'
+  files.write_whole(file, 'the old text')
+  with full_disk(1000), pytest.raises(UserError, match=rf'cannot write {file}: '):
+    files.write_whole(file, 'x' * 5000)
+  assert file.read_text() == 'the old text' and names(tmp_path) == ['a.txt']
+  with pytest.raises(UserError, match=r'cannot write .*/no/a\.txt: the folder cannot be made'):
+    files.write_whole(tmp_path / 'no' / 'a.txt', 'x')
+  files.write_whole(file, b'new\xff' * 100_000)
+  assert file.read_bytes() == b'new\xff' * 100_000
+
+
+def test_a_record_that_does_not_fit_is_not_begun(tmp_path):
+  file = tmp_path / 'log'
+  log = files.Appender(file)
+  log.append(b'first\n')
+  with full_disk(1000), pytest.raises(UserError, match=rf'cannot write {file}: '):
+    log.append(b'y' * 5000)
+  assert file.read_bytes() == b'first\n'
+  log.append(b'third\n')
+  log.close()
+  assert file.read_bytes() == b'first\nthird\n'
+  with pytest.raises(UserError, match='cannot write'):
+    files.Appender(tmp_path / 'no' / 'log')
+
+
+def test_json_has_no_nan(tmp_path):
+  file = tmp_path / 'a.json'
+  files.write_json(file, {'b': [1.5, math.inf, (math.nan, 'NaN')], 'a': {'c': -math.inf, 'd': 0}})
+
+  def refuse(name):
+    raise AssertionError(f'{name} in JSON')
+
+  read = json.loads(file.read_text(), parse_constant=refuse)
+  assert read == {'a': {'c': None, 'd': 0}, 'b': [1.5, None, [None, 'NaN']]}
+
+
+def test_a_full_disk_is_known_in_whatever_it_was_wrapped():
+  inner = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+  outer = RuntimeError('checkpointing failed')
+  outer.__cause__ = ValueError('a thread died')
+  outer.__cause__.__context__ = inner
+  text = ValueError(f'UNKNOWN: writing "x" [OS error 27: EFBIG {os.strerror(errno.EFBIG)}]')
+  assert 'the disk is full' in str(files.no_room('there', outer))
+  assert 'larger than this system allows' in str(files.no_room('there', text))
+  assert files.no_room('there', ValueError('another')) is None
+  assert files.no_room('there', OSError(errno.ENOENT, 'x')) is None
 
 
 def test_every_errno_we_know_has_a_remedy(tmp_path):
