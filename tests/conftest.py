@@ -1,11 +1,17 @@
-"""Eight CPU devices for every test; a skip must name a reason that CI accepts."""
+"""Eight CPU devices and quick compilation for every test; a skip must name a reason that CI accepts."""
 
 import importlib.util
 import os
 
-os.environ['XLA_FLAGS'] = (
-    os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
-).strip()
+_flags = os.environ.get('XLA_FLAGS', '').split()
+for _name, _value in (
+    ('--xla_force_host_platform_device_count', 8),
+    # Tests spend their time compiling, so LLVM optimizes nothing unless XLA_FLAGS asks for it.
+    ('--xla_backend_optimization_level', 0),
+):
+  if not any(flag.startswith(_name + '=') for flag in _flags):
+    _flags.append(f'{_name}={_value}')
+os.environ['XLA_FLAGS'] = ' '.join(_flags)
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('HF_DATASETS_OFFLINE', '1')

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -22,8 +23,8 @@ VOCAB = 400
 
 
 def environment() -> dict[str, str]:
-  """One device and quick compilation for processes of their own."""
-  flags = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+  """One device for processes of their own."""
+  flags = re.sub(r'--xla_force_host_platform_device_count=\d+', '', os.environ['XLA_FLAGS'])
   return {**os.environ, 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
 
 

@@ -61,7 +61,7 @@ def environment(cache):
   flags = re.sub(r'--xla_force_host_platform_device_count=\d+', '', os.environ['XLA_FLAGS'])
   return {
       **os.environ,
-      'XLA_FLAGS': flags + ' --xla_backend_optimization_level=0',
+      'XLA_FLAGS': flags,
       'JAX_COMPILATION_CACHE_DIR': str(cache),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
       'PYTHONPATH': str(ROOT),

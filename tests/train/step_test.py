@@ -51,7 +51,7 @@ def _gradients(common, **overrides):
   made = common.setup(config)
   args = made.params, made.batches.batch(0)
   fn = lambda p, b: step_lib.gradients(config, p, b, jax.random.key(0), None)
-  return common.quick(fn, *args)(*args)
+  return jax.jit(fn)(*args)
 
 
 @pytest.mark.parametrize('overrides', [{'train__accumulate': 4}, {'train__remat': True}])
@@ -101,7 +101,7 @@ def _routing(common, config, batch):
   fn = lambda p, b: step_lib.routing_metrics(
       config.model, step_lib.forward(config, p, b).routings, b
   )
-  return common.quick(fn, params, batch)(params, batch)
+  return jax.jit(fn)(params, batch)
 
 
 def test_dropped_share_under_a_small_capacity(common):
@@ -145,7 +145,7 @@ def test_padding_changes_no_loss(common):
   batch = common.make_batches(config).batch(0)
   fn = lambda p, b: step_lib.eval_step(config, p, b)
   wider = {name: np.pad(x, ((0, 0), (0, 5))) for name, x in batch.items()}
-  want, got = (common.quick(fn, params, b)(params, b) for b in (batch, wider))
+  want, got = (jax.jit(fn)(params, b) for b in (batch, wider))
   for name in ('loss', 'weight', 'content_loss', 'accuracy'):
     np.testing.assert_allclose(got[name], want[name], rtol=1e-5)
 
