@@ -1,4 +1,4 @@
-"""Eight CPU devices and quick compilation for every test; a skip must name a reason that CI accepts."""
+"""Eight CPU devices and quick compilation for every test; CI fails where a test is skipped."""
 
 import importlib.util
 import os
