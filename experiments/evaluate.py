@@ -8,8 +8,6 @@ Example:
 """
 
 from collections.abc import Callable
-import json
-import pathlib
 import sys
 import time
 from typing import Any
@@ -125,13 +123,12 @@ def measure(folder: str, against: str | None) -> dict[str, Any]:
 
 def main() -> None:
   common.require('model')
+  if _OUT.value:
+    files.require_writable(_OUT.value)
   result = measure(str(_MODEL.value), _AGAINST.value)
   if _OUT.value:
-    try:
-      files.write_json(pathlib.Path(_OUT.value), result)
-    except OSError as error:
-      raise files.os_error(_OUT.value, error) from error
-  print(json.dumps(result, indent=2))
+    files.write_json(_OUT.value, result)
+  print(files.json_text(result, indent=2))
 
 
 if __name__ == '__main__':

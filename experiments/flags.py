@@ -1,6 +1,7 @@
 """What every command shares: --config and --set, one-line errors, exit code 2."""
 
 from collections.abc import Callable, Sequence
+import contextlib
 import importlib.util
 import inspect
 import os
@@ -13,7 +14,7 @@ import threading
 from absl import app, flags, logging
 
 from moejax import config as config_lib
-from moejax import errors
+from moejax import errors, files
 
 
 def define_config_flags() -> None:
@@ -74,7 +75,7 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> 
 
 
 def run(main: Callable[[], None], usage: str | None = None) -> None:
-  """Runs a command: `error: ...` and exit code 2 for a UserError, nothing else is caught.
+  """Runs a command: `error: ...` and exit code 2 for a UserError or a full disk, no other error.
 
   Args:
     main: called without arguments once the flags are parsed.
@@ -85,8 +86,14 @@ def run(main: Callable[[], None], usage: str | None = None) -> None:
     logging.set_verbosity(logging.FATAL)  # checkpointing libraries talk a lot
     try:
       main()
+      sys.stdout.flush()
     except errors.UserError as error:
       fail(error)
+    except OSError as error:
+      full = files.no_room(error.filename or 'the output', error)
+      if full is None:
+        raise
+      fail(full)
 
   def parse(argv):
     try:
@@ -94,15 +101,23 @@ def run(main: Callable[[], None], usage: str | None = None) -> None:
     except errors.UserError as error:
       return fail(error)
 
+  sys.unraisablehook = _unraisable
   sys.modules['__main__'].__doc__ = usage or sys.modules['__main__'].__doc__
   app.run(guarded, flags_parser=parse)
+
+
+def _unraisable(event) -> None:
+  """Python's own, without what tensorstore says to a checkpoint's event loop that failed before."""
+  if not (isinstance(event.exc_value, RuntimeError) and 'loop is closed' in str(event.exc_value)):
+    sys.__unraisablehook__(event)
 
 
 def fail(error: errors.UserError):
   """Prints the error on one line and leaves with exit code 2."""
   line = ' '.join(str(error).split())
   print(f'error: {line}', file=sys.stderr, flush=True)
-  sys.stdout.flush()
+  with contextlib.suppress(OSError):
+    sys.stdout.flush()
   # Background threads (checkpoint writers, prefetch) must not delay or change the exit code.
   os._exit(2) if threading.active_count() > 1 else sys.exit(2)
 

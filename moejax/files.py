@@ -78,7 +78,7 @@ def atomic_folder(target: Path | str) -> Iterator[Path]:
     UserError: the target cannot be written (full disk, permissions), or must not be replaced.
   """
   target = Path(target).absolute()
-  check_replaceable(target)
+  _check_replaceable(target)
   prefix = f'.{target.name}.partial-{socket.gethostname()}-'
   partial = target.parent / f'{prefix}{os.getpid()}-{uuid.uuid4().hex[:8]}'
   try:
@@ -97,9 +97,17 @@ def atomic_folder(target: Path | str) -> Iterator[Path]:
     shutil.rmtree(partial, ignore_errors=True)
 
 
-def check_replaceable(target: Path | str) -> None:
-  """Raises UserError if a model folder must not go to `target`: a file, or other things there."""
+def require_target(target: Path | str) -> None:
+  """Raises UserError if `atomic_folder` could not end there now; makes nothing.
+
+  For work that takes long: so that its end is not where that is found out.
+  """
   target = Path(target).absolute()
+  _check_replaceable(target)
+  _probe(target)
+
+
+def _check_replaceable(target: Path) -> None:
   try:
     if not target.exists():
       return
@@ -183,12 +191,15 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_whole(path: Path | str, content: str | bytes) -> None:
   """Writes a file whole or not at all; what was there stays until the new content is on disk.
 
+  Folders on the way to it are made.
+
   Raises:
     UserError: it cannot be written.
   """
   path = Path(path)
   partial = path.with_name(f'.{path.name}.partial')
   try:
+    path.parent.mkdir(parents=True, exist_ok=True)
     with open(partial, 'wb', buffering=0) as f:
       _write_all(f, content.encode() if isinstance(content, str) else content)
       os.fsync(f.fileno())
@@ -197,6 +208,25 @@ def write_whole(path: Path | str, content: str | bytes) -> None:
     with contextlib.suppress(OSError):
       partial.unlink()
     raise os_error(path, error) from error
+
+
+def require_writable(path: Path | str) -> None:
+  """Raises UserError if `write_whole` could not write there now; makes nothing."""
+  path = Path(path).absolute()
+  if path.is_dir():
+    raise UserError(f'{path} is a folder: name a file to write')
+  _probe(path)
+
+
+def _probe(target: Path) -> None:
+  """Tries to write beside `target`, or into the nearest folder above it that exists."""
+  try:
+    folder = next(p for p in target.parents if p.exists())
+    probe = folder / f'.{target.name}.probe-{os.getpid()}'
+    probe.write_bytes(b'')
+    probe.unlink()
+  except OSError as error:
+    raise os_error(target, error) from error
 
 
 def _write_all(file: IO[bytes], content: bytes) -> None:

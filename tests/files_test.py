@@ -113,10 +113,31 @@ def test_a_file_is_written_whole_or_stays_as_it_was(tmp_path):
   with full_disk(1000), pytest.raises(UserError, match=rf'cannot write {file}: '):
     files.write_whole(file, 'x' * 5000)
   assert file.read_text() == 'the old text' and names(tmp_path) == ['a.txt']
-  with pytest.raises(UserError, match=r'cannot write .*/no/a\.txt: the folder cannot be made'):
-    files.write_whole(tmp_path / 'no' / 'a.txt', 'x')
+  with pytest.raises(UserError, match=r'cannot write .*/a\.txt/b\.txt: a part of this path is a'):
+    files.write_whole(file / 'b.txt', 'x')
   files.write_whole(file, b'new\xff' * 100_000)
   assert file.read_bytes() == b'new\xff' * 100_000
+
+
+def test_whether_there_is_a_place_to_write_to_is_known_beforehand(tmp_path):
+  (tmp_path / 'file').write_text('x')
+  (tmp_path / 'full').mkdir()
+  (tmp_path / 'full' / 'thesis.tex').write_text('years of work')
+  files.require_writable(tmp_path / 'file')
+  files.require_writable(tmp_path / 'a' / 'b' / 'c.json')
+  files.require_target(tmp_path / 'a' / 'b' / 'model')
+  for check, path, message in (
+      (files.require_writable, tmp_path, 'is a folder'),
+      (files.require_writable, tmp_path / 'file' / 'x', 'a part of this path is a file'),
+      (files.require_writable, pathlib.Path('/sys/x.json'), 'not writable|read-only'),
+      (files.require_target, pathlib.Path('/sys/model'), 'not writable|read-only'),
+      (files.require_target, tmp_path / 'file', 'is a file'),
+      (files.require_target, tmp_path / 'full', 'thesis'),
+  ):
+    with pytest.raises(UserError, match=message) as error:
+      check(path)
+    assert str(path) in str(error.value)
+  assert names(tmp_path) == ['file', 'full'] and names(tmp_path / 'full') == ['thesis.tex']
 
 
 def test_a_record_that_does_not_fit_is_not_begun(tmp_path):

@@ -10,7 +10,7 @@ import pathlib
 
 import numpy as np
 
-from moejax import errors
+from moejax import errors, files
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 SPECIAL = ('<pad>', '</s>', '<unk>')
@@ -54,11 +54,9 @@ class Tokenizer:
     return self._backend.to_str(pretty=False).encode()
 
   def save(self, folder: str | os.PathLike) -> pathlib.Path:
-    """Writes `tokenizer.json` into a folder, whole or not at all."""
+    """Writes `tokenizer.json` into a folder, whole or not at all; UserError if it cannot."""
     path = pathlib.Path(folder) / FILE_NAME
-    partial = path.with_name(path.name + '.partial')
-    partial.write_bytes(self.to_bytes())
-    partial.replace(path)
+    files.write_whole(path, self.to_bytes())
     return path
 
 

@@ -1,7 +1,6 @@
 """One compression, or a comparison of several, as report.json and one self-contained HTML page."""
 
 from collections.abc import Mapping
-import json
 import os
 import pathlib
 from typing import Any
@@ -27,12 +26,8 @@ def write(values: Mapping[str, Any], folder: str | os.PathLike) -> pathlib.Path:
   target = pathlib.Path(folder)
   try:
     target.mkdir(parents=True, exist_ok=True)
-    for name, text in (
-        ('report.json', json.dumps(values, indent=2) + '\n'), ('report.html', page)
-    ):
-      partial = target / f'.{name}.partial'
-      partial.write_text(text, encoding='utf-8')
-      partial.replace(target / name)
   except OSError as error:
     raise files.os_error(target, error) from error
+  files.write_whole(target / 'report.json', files.json_text(values, indent=2) + '\n')
+  files.write_whole(target / 'report.html', page)
   return target / 'report.html'

@@ -6,8 +6,10 @@ the manifest's data index.
 """
 
 from collections.abc import Callable
+import contextlib
 import os
 import pathlib
+import shutil
 from typing import Any
 
 import jax
@@ -20,6 +22,7 @@ from moejax.train import state as state_lib
 
 # What shapes the params or the optimizer's state.
 _FIXED = ('model', 'optim.optimizer', 'data.num_sentinels')
+_UNFINISHED = '.orbax-checkpoint-tmp'  # how the name of an unfinished checkpoint ends
 
 
 def differences(old: Any, new: Any, where: str = '') -> dict[str, tuple[Any, Any]]:
@@ -131,17 +134,32 @@ class Checkpoints:
     self._guard(self._manager.wait_until_finished)
 
   def close(self) -> None:
+    """Waits as `wait` does; nothing can be saved after it."""
     self._guard(self._manager.close)
+
+  def __enter__(self) -> 'Checkpoints':
+    return self
+
+  def __exit__(self, kind, *_) -> None:
+    """Closes. After an error, which is the one to tell, what is being saved is finished first."""
+    if kind is None:
+      self.close()
+    elif jax.process_count() == 1:  # several would wait for one another
+      with contextlib.suppress(Exception):
+        self.close()
 
   def _guard(self, action: Callable[[], Any]) -> None:
     try:
       action()
-    except OSError as error:
-      raise files.os_error(self.folder, error) from error
-    except ValueError as error:
-      if 'RESOURCE_EXHAUSTED' in str(error) or 'No space left' in str(error):
-        raise errors.UserError(f'cannot write {self.folder}: the disk is full') from error
-      raise
+    except Exception as error:  # orbax and tensorstore wrap the system's error in many ways
+      failed = files.no_room(self.folder, error)
+      if failed is None and isinstance(error, OSError):
+        failed = files.os_error(self.folder, error)
+      if failed is None:
+        raise
+      for unfinished in self.folder.glob(f'*{_UNFINISHED}'):
+        shutil.rmtree(unfinished, ignore_errors=True)
+      raise failed from error
 
 
 def target_of(abstract: state_lib.TrainState, places: state_lib.TrainState) -> Any:

@@ -53,15 +53,13 @@ def default_hooks(workdir: pathlib.Path, resumed_step: int) -> list[writers.Hook
 
 
 def prepare_workdir(workdir: str | os.PathLike) -> pathlib.Path:
-  """Makes the folder and tries to write into it; raises UserError when that fails."""
+  """Makes the folder and tries to write into it; UserError if the run could not end there."""
   path = pathlib.Path(workdir).absolute()
   try:
     path.mkdir(parents=True, exist_ok=True)
-    probe = path / f'.probe-{os.getpid()}'
-    probe.write_bytes(b'moejax')
-    probe.unlink()
   except OSError as error:
     raise files.os_error(path, error) from error
+  files.require_target(path / 'model')
   return path
 
 
@@ -177,44 +175,42 @@ def run(
   say(f'data: {len(data.train.corpus.tokens):,} tokens in {data.train.corpus.num_documents:,} '
       f'documents, {data.train.num_samples:,} samples an epoch')
   places = state_lib.shardings(state_lib.abstract(experiment.model, optimizer), mesh)
-  checkpoints = checkpoint.Checkpoints(
-      workdir / 'checkpoints', experiment, train.keep_checkpoints
-  )
-  state, begin = start(experiment, optimizer, mesh, places, checkpoints)
-  if jax.process_index() == 0:
-    files.write_json(workdir / 'config.json', config_lib.to_json(experiment))
-  first = step = int(state.step)
-  say(f'model: {tree.count(state.params):,} parameters on {mesh.size} '
-      f'{jax.devices()[0].platform} device(s)')
+  keep = train.keep_checkpoints
+  with checkpoint.Checkpoints(workdir / 'checkpoints', experiment, keep) as checkpoints:
+    state, begin = start(experiment, optimizer, mesh, places, checkpoints)
+    if jax.process_index() == 0:
+      files.write_json(workdir / 'config.json', config_lib.to_json(experiment))
+    first = step = int(state.step)
+    say(f'model: {tree.count(state.params):,} parameters on {mesh.size} '
+        f'{jax.devices()[0].platform} device(s)')
 
-  # --- Steps
-  train_step = step_lib.jit_train_step(experiment, optimizer, mesh, places)
-  eval_step = step_lib.jit_eval_step(experiment, mesh, places)
-  log = Log(default_hooks(workdir, first) if hooks is None else hooks, train.steps)
-  meter = throughput.make_meter(experiment, data.train.lengths, mesh.size)
-  rate = optim.schedule(experiment.optim, train.steps)
-  over = lambda: agreed(should_stop() or 0 < train.max_seconds < time.monotonic() - started)
-  stop, placed = begin + train.steps - first, sharding.batch_sharding(mesh)
-  for index, batch in batches_lib.prefetch(data.train, begin, stop, placed):
-    state, metrics = train_step(state, batch)
-    meter.add(metrics)
-    step += 1
-    end = step == train.steps or over()
-    if end or due(step, train.log_every):
-      extra = {'learning_rate': float(rate(step - 1)), 'epoch': data.train.epoch_of(index + 1)}
-      log.write('train', step, {**meter.means(), **extra})
-    if data.valid is not None and (end or due(step, train.eval_every)):
-      log.write('eval', step, evaluate(eval_step, state.params, data.valid, train, mesh))
-      meter.reset()
-    if end or due(step, train.checkpoint_every):
-      require_finite(metrics, step)
-      checkpoints.save(state, step, index + 1)
-      meter.reset()
-    if end:
-      break
+    # --- Steps
+    train_step = step_lib.jit_train_step(experiment, optimizer, mesh, places)
+    eval_step = step_lib.jit_eval_step(experiment, mesh, places)
+    log = Log(default_hooks(workdir, first) if hooks is None else hooks, train.steps)
+    meter = throughput.make_meter(experiment, data.train.lengths, mesh.size)
+    rate = optim.schedule(experiment.optim, train.steps)
+    over = lambda: agreed(should_stop() or 0 < train.max_seconds < time.monotonic() - started)
+    stop, placed = begin + train.steps - first, sharding.batch_sharding(mesh)
+    for index, batch in batches_lib.prefetch(data.train, begin, stop, placed):
+      state, metrics = train_step(state, batch)
+      meter.add(metrics)
+      step += 1
+      end = step == train.steps or over()
+      if end or due(step, train.log_every):
+        extra = {'learning_rate': float(rate(step - 1)), 'epoch': data.train.epoch_of(index + 1)}
+        log.write('train', step, {**meter.means(), **extra})
+      if data.valid is not None and (end or due(step, train.eval_every)):
+        log.write('eval', step, evaluate(eval_step, state.params, data.valid, train, mesh))
+        meter.reset()
+      if end or due(step, train.checkpoint_every):
+        require_finite(metrics, step)
+        checkpoints.save(state, step, index + 1)
+        meter.reset()
+      if end:
+        break
 
   # --- The finished folder
-  checkpoints.close()
   log.close()
   save_model(experiment, state, workdir)
   say(f'step {step}: model in {workdir / "model"}')

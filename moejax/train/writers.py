@@ -1,10 +1,12 @@
 """Where metrics go: the terminal, JSON lines, TensorBoard. Each is a hook called with a record."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import dataclasses
 import json
 import os
 import pathlib
+import socket
+import struct
 import sys
 import time
 from typing import Any, TextIO
@@ -73,26 +75,17 @@ class JsonLines:
   """Appends records to a file; on resume, lines past the resumed step are dropped first."""
 
   def __init__(self, path: str | os.PathLike, resumed_step: int = 0):
-    self._path = pathlib.Path(path)
-    try:
-      if self._path.exists():
-        kept = [line for line in self._path.read_text().splitlines() if _upto(line, resumed_step)]
-        partial = self._path.with_name(self._path.name + '.partial')
-        partial.write_text(''.join(line + '\n' for line in kept))
-        partial.replace(self._path)
-      self._file = open(self._path, 'a')  # noqa: SIM115 - open as long as the run
-    except OSError as error:
-      raise files.os_error(self._path, error) from error
+    path = pathlib.Path(path)
+    if path.exists():
+      kept = [line for line in path.read_text().splitlines() if _upto(line, resumed_step)]
+      files.write_whole(path, ''.join(line + '\n' for line in kept))
+    self._file = files.Appender(path)
 
   def __call__(self, record: Record) -> None:
     row = {'kind': record.kind, 'step': record.step}
     for name, value in record.metrics.items():
       row[name] = [round(float(v), 5) for v in value] if np.ndim(value) else float(value)
-    try:
-      self._file.write(json.dumps(row) + '\n')
-      self._file.flush()
-    except OSError as error:
-      raise files.os_error(self._path, error) from error
+    self._file.append((files.json_text(row) + '\n').encode())
 
   def close(self) -> None:
     self._file.close()
@@ -106,22 +99,56 @@ def _upto(line: str, step: int) -> bool:
 
 
 class TensorBoard:
-  """Scalars as 'train/loss'; the load of each layer as its largest and smallest share."""
+  """Scalars as 'train/loss'; the load of each layer as its largest and smallest share.
+
+  tensorboardX has the messages; its own writer loses a full disk in a thread and then waits for it.
+  """
 
   def __init__(self, folder: str | os.PathLike, resumed_step: int = 0):
-    import tensorboardX
+    from tensorboardX.proto import event_pb2
 
-    self._writer = tensorboardX.SummaryWriter(str(folder), purge_step=resumed_step + 1)
+    folder = pathlib.Path(folder)
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+      raise files.os_error(folder, error) from error
+    name = f'events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}'
+    self._file = files.Appender(folder / name)
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._write([
+        event_pb2.Event(wall_time=time.time(), file_version='brain.Event:2'),
+        event_pb2.Event(wall_time=time.time(), step=resumed_step + 1, session_log=start),
+    ])
 
   def __call__(self, record: Record) -> None:
+    from tensorboardX import summary
+    from tensorboardX.proto import event_pb2
+
+    scalars: dict[str, float] = {}
     for name, value in record.metrics.items():
       tag = f'{record.kind}/{name}'
       if np.ndim(value):
-        self._writer.add_scalar(f'{tag}/largest', float(np.max(value)), record.step)
-        self._writer.add_scalar(f'{tag}/smallest', float(np.min(value)), record.step)
+        scalars |= {f'{tag}/largest': np.max(value), f'{tag}/smallest': np.min(value)}
       else:
-        self._writer.add_scalar(tag, float(value), record.step)
-    self._writer.flush()
+        scalars[tag] = value
+    self._write([
+        event_pb2.Event(
+            wall_time=time.time(), step=record.step, summary=summary.scalar(tag, float(value))
+        )
+        for tag, value in scalars.items()
+    ])
+
+  def _write(self, events: Iterable[Any]) -> None:
+    self._file.append(b''.join(_framed(event.SerializeToString()) for event in events))
 
   def close(self) -> None:
-    self._writer.close()
+    self._file.close()
+
+
+def _framed(data: bytes) -> bytes:
+  """A TFRecord: length, its checksum, the data, their checksum."""
+  from tensorboardX.record_writer import masked_crc32c
+
+  length = struct.pack('<Q', len(data))
+  check = lambda part: struct.pack('<I', masked_crc32c(part))
+  return length + check(length) + data + check(data)

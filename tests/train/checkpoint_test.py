@@ -1,6 +1,7 @@
 """Checkpoints: bit-exact, onto another mesh, refused for another model, broken ones named."""
 
 import contextlib
+import resource
 
 import jax
 import numpy as np
@@ -118,3 +119,33 @@ def test_a_broken_checkpoint_is_named(trained, tmp_path):
   with opened(tmp_path, made.experiment) as saved:
     with pytest.raises(errors.UserError, match=r'00000002 cannot be read'):
       saved.restore(_target(made))
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_earlier_checkpoint(trained, tmp_path):
+  """No file can grow past 4 kB: the weights' files fail in the writing thread."""
+  made, middle, _, _ = trained
+  _save(tmp_path, made, middle)
+  soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+  with checkpoint.Checkpoints(tmp_path, made.experiment) as saved:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4000, hard))
+    try:
+      with pytest.raises(errors.UserError, match=f'cannot write {tmp_path}: the file is') as error:
+        saved.save(jax.device_put(middle, made.places), 4, 4)
+        saved.wait()
+    finally:
+      resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+  assert '\n' not in str(error.value)
+  assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ['00000002']
+  with opened(tmp_path, made.experiment) as saved:
+    assert saved.latest() == 2
+    saved.save(jax.device_put(middle, made.places), 4, 4)
+    saved.wait()
+    assert saved.latest() == 4
+
+
+def test_what_is_being_saved_is_finished_after_an_error(trained, tmp_path):
+  made, middle, _, _ = trained
+  with pytest.raises(KeyError), checkpoint.Checkpoints(tmp_path, made.experiment) as saved:
+    saved.save(jax.device_put(middle, made.places), 2, 2)
+    raise KeyError('x')
+  assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == ['00000002']

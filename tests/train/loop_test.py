@@ -18,7 +18,7 @@ from experiments import flags
 from moejax import config as config_lib
 from moejax import errors, model
 from moejax.data import tokenizer
-from moejax.train import loop, writers
+from moejax.train import loop
 
 ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = '''
@@ -234,16 +234,28 @@ def test_a_workdir_that_cannot_be_written_is_named(config, tmp_path):
     loop.prepare_workdir(tmp_path / 'file' / 'run')
 
 
-def test_the_clock():
-  assert [writers.clock(s) for s in (5, 65, 3725)] == ['5s', '1m05s', '1h02m']
+def test_a_folder_that_is_no_model_is_noticed_before_training(config, tmp_path):
+  (tmp_path / 'run' / 'model').mkdir(parents=True)
+  (tmp_path / 'run' / 'model' / 'thesis.tex').write_text('years of work')
+  with pytest.raises(errors.UserError, match=r"run/model holds 'thesis\.tex'"):
+    loop.run(flags.load_config(str(config)), tmp_path / 'run', hooks=[])
+  assert [p.name for p in (tmp_path / 'run').iterdir()] == ['model']
 
 
-def test_json_lines_forget_what_is_past_the_checkpoint(tmp_path):
-  file = tmp_path / 'metrics.jsonl'
-  file.write_text('{"step": 1}\n{"step": 5}\n{"step": 6}\n{"ste')
-  log = writers.JsonLines(file, resumed_step=5)
-  log(writers.Record(kind='train', step=6, total_steps=9, metrics={'loss': np.float32(0.1)}))
-  log.close()
-  rows = [json.loads(line) for line in file.read_text().splitlines()]
-  assert [row['step'] for row in rows] == [1, 5, 6]
-  assert rows[-1]['loss'] == float(np.float32(0.1))
+@pytest.mark.parametrize('room, named', [(2000, 'tokenizer.json'), (20_000, 'checkpoints')])
+def test_a_full_disk_ends_in_one_line_and_exit_code_2(config, tmp_path, room, named):
+  """No file can grow past so many bytes: first the tokenizer does not fit, then a checkpoint."""
+  arguments = command(config, tmp_path / 'run', '--set', 'train.steps=6')
+  limited = [
+      sys.executable, '-c',
+      f'import os, resource as r; r.setrlimit(r.RLIMIT_FSIZE, ({room}, {room})); '
+      f'os.execv({sys.executable!r}, {arguments})',
+  ]
+  no_cache = {**environment(tmp_path / 'cache'), 'JAX_ENABLE_COMPILATION_CACHE': 'false'}
+  done = subprocess.run(limited, cwd=ROOT, env=no_cache, capture_output=True, text=True)
+  assert done.returncode == 2, done.stderr
+  said = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+  assert len(said) == 1 and f'cannot write {tmp_path / "run" / named}: ' in said[0]
+  assert done.stderr.splitlines()[-1] == said[0] and 'Traceback' not in done.stderr
+  left = {p.name for p in (tmp_path / 'run').rglob('*')}
+  assert 'model' not in left and not [name for name in left if 'partial' in name or 'tmp' in name]
