@@ -20,7 +20,6 @@ import numpy as np
 from moejax.codec import tunstall
 from moejax.errors import UserError
 
-FORMAT = 'moejax-ternary-1'
 BLOCK_WEIGHTS = 16384
 _LANES = 4096
 _TOGETHER = 1 << 25
@@ -109,15 +108,14 @@ def encode(
   )
 
 
-def expected_bits(zero_share: float, rows: int, cols: int) -> float:
-  """Bits of a rows x cols matrix of independent symbols, all of `Encoded.bits` counted.
+def expected_words(zero_share: float, rows: int, cols: int) -> float:
+  """Codewords of a rows x cols matrix of independent symbols, from the tables alone.
 
-  From the tables alone: 16 bits for each mean codeword length, half a codeword lost at the end of
-  each block. Zeros that cluster cost less, matrices of uneven rows a little more.
+  The matrix over the mean codeword length, and half a codeword lost at the end of each block. Zeros
+  that cluster cost less, matrices of uneven rows a little more.
   """
-  rate = min(16 / tunstall.mean_length(d, zero_share) for d in tunstall.designs_near(zero_share))
-  blocks = -(-rows // default_block_rows(rows, cols))
-  return rate * rows * cols + 8 * blocks + 32 * (blocks + 1) + 8
+  length = max(tunstall.mean_length(d, zero_share) for d in tunstall.designs_near(zero_share))
+  return rows * cols / length + 0.5 * -(-rows // default_block_rows(rows, cols))
 
 
 def choose_designs(symbols_erc: np.ndarray) -> np.ndarray:

@@ -153,14 +153,22 @@ def table(design: int) -> Table:
   )
 
 
+@functools.cache
+def _codeword_kinds(design: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """(zeros, nonzeros) of the codewords, and how many codewords have them."""
+  code = table(design)
+  count = (code.nonzeros_uk != DROPPED).sum(1)
+  kinds, times = np.unique(np.stack([code.length_u - count, count]), axis=1, return_counts=True)
+  return kinds[0], kinds[1], times
+
+
 @functools.lru_cache(maxsize=4096)
 def mean_length(design: int, zero_share: float) -> float:
   """Mean weights a codeword of independent symbols of this zero share stands for."""
-  code = table(design)
-  count = (code.nonzeros_uk != DROPPED).sum(1)
+  zeros, count, times = _codeword_kinds(design)
   nonzero = (1.0 - zero_share) / 2.0
-  probability = np.power(zero_share, code.length_u - count) * np.power(nonzero, count)
-  return float(probability @ code.length_u)
+  probability = times * np.power(zero_share, zeros) * np.power(nonzero, count)
+  return float(probability @ (zeros + count))
 
 
 def designs_near(zero_share: float, count: int = 3) -> Sequence[int]:

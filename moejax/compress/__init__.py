@@ -1,7 +1,6 @@
 """Compression of mixtures of experts: `compress(model, quantize(...), batches)` and its parts.
 
-Names are imported when first used. `quantize` and `dry_run` are modules here; their functions are
-`moejax.quantize` and `moejax.compress.dry_run.dry_run`.
+Names are imported when first used. `quantize` is a module here; its function is `moejax.quantize`.
 """
 
 import importlib
@@ -16,6 +15,7 @@ _PUBLIC = {
     'chain': 'base',
     'compress': 'driver',
     'compress_tree': 'foreign',
+    'dry_run': 'predict',
     'qmoe': 'quantize',
 }
 

@@ -6,23 +6,18 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from moejax import account
 from moejax.compress.parts import Group
 from moejax.config import ModelConfig
 from moejax.errors import UserError
 
 
-class LeafSource(Protocol):
+class LeafSource(account.Source, Protocol):
   """Weights on demand: `store.Source`, or params in memory."""
-
-  config: ModelConfig
-
-  def paths(self) -> tuple[str, ...]: ...
 
   def read(self, path: str) -> Any: ...
 
   def read_expert(self, path: str, index: int) -> np.ndarray: ...
-
-  def abstract(self, path: str) -> Any: ...
 
 
 class LayerContext(Protocol):
@@ -74,6 +69,14 @@ class Transform:
     """Raises UserError if an expert weight is in a form this transform cannot take."""
     raise NotImplementedError
 
+  def predict(self, path: str, leaf: Any, zero_share: float) -> Any:
+    """The expert weight `leaf` as it will be stored, of ShapeDtypeStructs, for a dry run.
+
+    Args:
+      path: of the weight. leaf: its shape and dtype. zero_share: of ternary weights to come.
+    """
+    raise UserError(f'{self.name} cannot tell the size of {path} before it has run')
+
   def layer(
       self, plan: Mapping[str, Any], path: str, source: LeafSource, context: LayerContext
   ) -> Iterator[Group]:
@@ -83,6 +86,35 @@ class Transform:
     leaves the layer as it is.
     """
     raise NotImplementedError
+
+
+def target_layers(step: Transform, source: account.Source) -> list[str]:
+  """The FFN layers that a step changes, in model order.
+
+  Raises:
+    UserError: the model has no experts, the step takes none of its layers, or not their form.
+  """
+  config = source.config
+  if config.moe is None:
+    raise UserError(f'the model has no experts ({config.family}): {step.name} has nothing to do')
+  layers = [
+      path for stack in ('encoder', 'decoder') for i in config.sparse_layers(stack)
+      if step.takes(path := f'{stack}/layers_{i}/ffn')
+  ]
+  if not layers:
+    raise UserError(
+        f"{step.name} takes no sparse layer of this model; their paths are like "
+        "'encoder/layers_1/ffn': check its setting `layers`"
+    )
+  for path in layers:
+    for leaf in expert_leaves(source, path):
+      step.accepts(leaf, source.abstract(leaf))
+  return layers
+
+
+def expert_leaves(source: account.Source, layer: str) -> list[str]:
+  """The paths of the expert weights of an FFN layer."""
+  return [path for path in source.paths() if path.startswith(f'{layer}/experts/')]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

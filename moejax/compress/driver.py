@@ -22,11 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from moejax import account, files, store, tree, weights
 from moejax import config as config_lib
-from moejax import files, store, tree, weights
 from moejax.compress import activations, base, parts, sources
 from moejax.compress import samples as samples_lib
-from moejax.errors import UserError
 from moejax.model import Model
 
 FORMAT = 1
@@ -102,8 +101,8 @@ def compress(
 
   The report has 'steps' (transform, seconds, peak_host_bytes), 'layers' (a row for each expert
   matrix: path, expert, transform, bits, bits_per_weight, zeros, relative_output_error,
-  error_before_refit, fallback, tokens, ...), 'before' and 'after' (expert_bytes, stored_bytes,
-  expert_bits_per_weight), and 'loss' over the validation samples, a mean over their weights.
+  error_before_refit, fallback, tokens, ...), 'before' and 'after' (as `account.summary`), and
+  'loss' over the validation samples, a mean over their weights.
 
   Raises:
     UserError: no experts to compress, weights already compressed, samples or folders that do not
@@ -114,7 +113,9 @@ def compress(
   data = samples_lib.collect(source.config, batches, validation_batches, sentinel=sentinel)
   out = None if out_folder is None else Path(out_folder).absolute()
   origin = str(model) if isinstance(model, (str, Path)) else 'memory'
-  report: dict[str, Any] = {'source': origin, 'steps': [], 'layers': [], 'before': _sizes(source)}
+  report: dict[str, Any] = {
+      'source': origin, 'steps': [], 'layers': [], 'before': account.of_source(source)
+  }
   plans: list[Any] = []
   work_root = None if out is None else _work_folder(out, source, steps, data)
   for i, step in enumerate(steps[:-1]):
@@ -124,7 +125,7 @@ def compress(
   result, entry = _timed_pass(source, steps[-1], data, work, out, origin, plans, progress)
   report['layers'] += result.report['rows']
   report['steps'].append(entry)
-  report['after'] = _sizes(sources.open_source(_made(result)))
+  report['after'] = account.of_source(sources.open_source(_made(result)))
   report['loss'] = result.report['loss']
   report['tokens'] = {s: data.calibration_tokens(s) for s in ('encoder', 'decoder')}
   if out is not None and work_root is not None:
@@ -198,50 +199,15 @@ def _work_folder(out: Path, source: Any, steps: Sequence[base.Transform], data: 
   return work
 
 
-def _experts_under(source: Any, path: str) -> list[str]:
-  return [p for p in source.paths() if p.startswith(f'{path}/experts/')]
-
-
-def _sizes(source: Any) -> dict[str, Any]:
-  """Bytes of all weights and of the experts, from shapes alone."""
-  total = expert = expert_weights = 0
-  for path in source.paths():
-    leaf = source.abstract(path)
-    size = int(np.prod(leaf.shape))
-    node = isinstance(leaf, weights.WeightNode)
-    bits = leaf.bits() if node else 8 * size * np.dtype(leaf.dtype).itemsize
-    total += bits
-    if '/experts/' in path:
-      expert += bits
-      expert_weights += size
-  return {
-      'stored_bytes': total // 8, 'expert_bytes': expert // 8, 'expert_parameters': expert_weights,
-      'expert_bits_per_weight': expert / expert_weights if expert_weights else 0.0,
-  }
-
-
 def _run_pass(source, step, data, work, target, origin, plans, progress) -> Result:
   """One transform over the whole model, then the model written."""
   config = source.config
-  if config.moe is None:
-    raise UserError(f'the model has no experts ({config.family}): {step.name} has nothing to do')
+  targets = base.target_layers(step, source)
   walk_config = dataclasses.replace(
       config, moe=dataclasses.replace(config.moe, expert_capacity=None)
   )
   plan = step.plan(config, source)
   plans.append(dict(plan))
-  targets = [
-      path for stack in ('encoder', 'decoder') for i in config.sparse_layers(stack)
-      if step.takes(path := f'{stack}/layers_{i}/ffn')
-  ]
-  if not targets:
-    raise UserError(
-        f"{step.name} takes no sparse layer of this model; their paths are like "
-        "'encoder/layers_1/ffn': check its setting `layers`"
-    )
-  for path in targets:
-    for leaf_path in _experts_under(source, path):
-      step.accepts(leaf_path, source.abstract(leaf_path))
   walk = _Walk(walk_config, source, step, plan, data, work, set(targets), progress)
   walk.run()
   leaves = _leaves(source, walk, set(targets))
@@ -251,7 +217,7 @@ def _run_pass(source, step, data, work, target, origin, plans, progress) -> Resu
     flat = {path: jax.tree.map(jnp.asarray, leaf) for path, leaf in leaves}
     made = Model(config, tree.unflatten(flat))
     return Result(model=made, folder=None, report=report, **states)
-  provenance: dict[str, Any] = {'source': origin, 'compression': [step.describe()], 'sizes': _sizes(source)}
+  provenance: dict[str, Any] = {'source': origin, 'compression': [step.describe()]}
   folder = source.folder if isinstance(source, sources.FolderSource) else None
   if folder is not None:
     earlier = source.manifest.get('provenance') or {}
@@ -340,7 +306,7 @@ class _Walk:
         self._memory.setdefault(path, []).append(group)
 
   def _run_uncompressed(self, acts, path) -> None:
-    leaves = {p.rpartition('/')[2]: p for p in _experts_under(self.source, path)}
+    leaves = {p.rpartition('/')[2]: p for p in base.expert_leaves(self.source, path)}
     nodes = {
         name: self.source.read(p) for name, p in leaves.items()
         if isinstance(self.source.abstract(p), weights.WeightNode)

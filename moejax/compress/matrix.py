@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from moejax import account
 from moejax.compress import (
   gptq_core,
   grids_core,
@@ -18,7 +19,6 @@ from moejax.compress import (
   parts,
   refit_core,
   search_core,
-  size,
 )
 from moejax.errors import UserError, did_you_mean
 
@@ -150,8 +150,8 @@ def _attempt(w, h, bits, settings: Settings, dtype) -> _Attempt:
         symmetric=settings.symmetric, act_order=settings.act_order, refit=settings.refit,
         ridge=settings.refit_ridge, level_dtype=dtype, rounding=settings.method == 'rtn',
         estimate=functools.partial(
-            size.ternary_bits_per_weight, rows=f, cols=d, storage=settings.storage,
-            level_bits=8 * np.dtype(dtype).itemsize,
+            account.ternary_bits_per_weight, rows=f, cols=d, storage=settings.storage,
+            level_dtype=dtype,
         ),
     )
     scale, threshold = choice.grid_scale, choice.threshold

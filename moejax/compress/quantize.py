@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax import weights
+from moejax import account, weights
 from moejax.compress import base, hessian_core, matrix, parts
 from moejax.errors import UserError
 from moejax.ops import ffn
@@ -54,6 +54,21 @@ class Quantize(base.Transform):
           f'{path} is a {type(leaf).__name__} node: quantize takes uncompressed weights; '
           'start from the model before it was compressed'
       )
+
+  def predict(self, path: str, leaf: Any, zero_share: float) -> Any:
+    del path
+    s = self.matrix
+    dtype = np.dtype(leaf.dtype if s.level_dtype == 'weights' else s.level_dtype)
+    if s.storage == 'dense':
+      return jax.ShapeDtypeStruct(leaf.shape, dtype)
+    if s.bits == 'ternary':
+      return account.ternary_node(
+          leaf.shape, zero_share, storage=s.storage, level_dtype=dtype,
+          target_bits=None if s.search is None else s.search.target_bits,
+      )
+    return account.packed_node(
+        leaf.shape, int(s.bits), group_size=s.group_size, level_dtype=dtype
+    )
 
   def layer(
       self, plan: Mapping[str, Any], path: str, source: base.LeafSource,

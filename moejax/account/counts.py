@@ -1,29 +1,24 @@
-"""What a model costs: stored bytes, parameters, active parameters and FLOPs, from shapes alone.
-
-Everything here reads shapes and dtypes, so abstract params (ShapeDtypeStructs, also inside weight
-nodes) do; a model of a trillion parameters is accounted for without allocating it.
-"""
+"""Stored bytes, parameters, active parameters and FLOPs of params or of a model folder."""
 
 from collections.abc import Mapping
 import functools
 import math
-from typing import Any
+from typing import Any, Protocol
 
-import ml_dtypes
 import numpy as np
 
-from moejax import model, presets, tree, weights
-from moejax.codec import qmoe_v1, ternary
+from moejax import model, tree, weights
 from moejax.config import ModelConfig
-from moejax.errors import UserError
 
-# QMoE (arXiv 2310.16795), tables 3 and 6, ternary: share of zeros; size of the whole checkpoint in
-# GB; bits a weight of the experts, all metadata counted, from its compression rate there.
-QMOE_PUBLISHED: dict[str, tuple[float, float, float]] = {
-    'switch-base-128': (0.857, 1.27, 16 / 17.06),
-    'switch-large-128': (0.864, 3.96, 16 / 18.34),
-    'switch-c-2048': (0.886, 158.6, 16 / 20.07),
-}
+
+class Source(Protocol):
+  """Leaves by path without their values: `store.Source`, or params in memory."""
+
+  config: ModelConfig
+
+  def paths(self) -> tuple[str, ...]: ...
+
+  def abstract(self, path: str) -> Any: ...
 
 
 @functools.lru_cache(maxsize=16)
@@ -135,6 +130,12 @@ def summary(
   }
 
 
+def of_source(source: Source) -> dict[str, Any]:
+  """`summary` of a model folder (`store.Source`) or another source; no weight is read."""
+  flat = {path: source.abstract(path) for path in source.paths()}
+  return summary(tree.unflatten(flat), source.config)
+
+
 def layers(
     params: Mapping[str, Any], config: ModelConfig, *, source: int = 512, target: int = 114
 ) -> list[dict[str, Any]]:
@@ -169,105 +170,3 @@ def _finish(row: dict[str, Any]) -> dict[str, Any]:
       **row, 'stored_bytes': -(-stored // 8), 'expert_bytes': -(-bits // 8),
       'expert_bits_per_weight': bits / size if size else 0.0,
   }
-
-
-def ternary_bits(shape: tuple[int, ...], zero_share: float, *, level_bits: int = 16) -> float:
-  """Predicted bits of a `weights.Ternary` [e, d, f] whose symbols are independent."""
-  e, d, f = shape
-  return e * (ternary.expected_bits(zero_share, rows=f, cols=d) + 2 * level_bits * f)
-
-
-def ternary_v1_bits(shape: tuple[int, ...], zero_share: float) -> float:
-  """The same for QMoE's format with bf16 levels, its payload measured on a random sample."""
-  e, d, f = shape
-  rows = max(1, min(f, (1 << 19) // d))
-  zero = np.random.default_rng(0).random((rows, d)) < zero_share
-  signs = np.random.default_rng(1).integers(1, 3, (rows, d))
-  codes, _ = qmoe_v1.encode(np.where(zero, 0, signs))
-  return e * (16 * codes.size / rows * f + 64 * f + 32)
-
-
-def predicted(
-    config: ModelConfig, zero_share: float | Mapping[str, float], *, dtype: Any = ml_dtypes.bfloat16
-) -> dict[str, float]:
-  """Size of a model with ternary experts before any weight is touched.
-
-  Args:
-    config: the model.
-    zero_share: share of zeros of all experts, or one for each expert path.
-    dtype: of everything but the experts.
-
-  Returns stored_bytes, expert_bytes, expert_bits_per_weight.
-
-  Raises:
-    UserError: a share is not in [0, 1], or an expert path has none.
-  """
-  other, bits, size = 0, 0.0, 0
-  for path, leaf in shapes(config, np.dtype(dtype)).items():
-    if part_of(path) != 'experts':
-      other += stored_bits(leaf)
-      continue
-    if isinstance(zero_share, Mapping) and path not in zero_share:
-      raise UserError(f'no zero share given for {path}')
-    share = zero_share[path] if isinstance(zero_share, Mapping) else zero_share
-    if not 0 <= share <= 1:
-      raise UserError(f'zero share {share} of {path}: must be between 0 and 1')
-    bits += ternary_bits(leaf.shape, float(share))
-    size += math.prod(leaf.shape)
-  return {
-      'stored_bytes': (other + bits) / 8, 'expert_bytes': bits / 8,
-      'expert_bits_per_weight': bits / size if size else 0.0,
-  }
-
-
-def published_sizes() -> list[dict[str, Any]]:
-  """QMoE's published checkpoints in our format, from shapes and their published zero shares.
-
-  `moejax_gb` takes symbols as independent. Real matrices are not: QMoE's own files are larger than
-  its format needs for independent symbols of that share. `moejax_as_published_gb` grows our
-  codewords by the same factor (ours, with a table for each matrix, should lose less).
-  """
-  rows = []
-  for name, (share, published_gb, published_rate) in QMOE_PUBLISHED.items():
-    config = presets.preset(name)
-    flat = shapes(config, np.dtype(ml_dtypes.bfloat16))
-    experts = [leaf.shape for path, leaf in flat.items() if part_of(path) == 'experts']
-    size = sum(math.prod(s) for s in experts)
-    other = sum(stored_bits(leaf) for path, leaf in flat.items() if part_of(path) != 'experts')
-    kinds = {s: experts.count(s) for s in experts}
-    v1 = sum(n * ternary_v1_bits(s, share) for s, n in kinds.items())
-    v1_metadata = sum(n * s[0] * (64 * s[2] + 32) for s, n in kinds.items())
-    ours = sum(n * ternary_bits(s, share) for s, n in kinds.items())
-    levels = sum(n * s[0] * 32 * s[2] for s, n in kinds.items())
-    growth = (published_rate * size - v1_metadata) / (v1 - v1_metadata)
-    grown = (ours - levels) * growth + levels
-    rows.append({
-        'model': name,
-        'parameters': size + other // 16,
-        'zero_share': share,
-        'bf16_gb': (16 * size + other) / 8e9,
-        'qmoe_published_gb': published_gb,
-        'qmoe_bits_per_weight': published_rate,
-        'moejax_gb': (ours + other) / 8e9,
-        'moejax_bits_per_weight': ours / size,
-        'moejax_as_published_gb': (grown + other) / 8e9,
-        'moejax_as_published_bits_per_weight': grown / size,
-    })
-  return rows
-
-
-def published_table() -> str:
-  """`published_sizes` as a Markdown table."""
-  head = (
-      '| model | parameters | zeros | bf16 GB | QMoE GB (bits a weight) | '
-      'moejax GB, independent symbols | moejax GB, symbols as uneven as QMoE found them |'
-  )
-  lines = [head, '|---|---|---|---|---|---|---|']
-  for r in published_sizes():
-    lines.append(
-        f'| {r["model"]} | {r["parameters"] / 1e9:,.1f}e9 | {r["zero_share"]:.1%} | '
-        f'{r["bf16_gb"]:,.1f} | {r["qmoe_published_gb"]} ({r["qmoe_bits_per_weight"]:.3f}) | '
-        f'{r["moejax_gb"]:,.2f} ({r["moejax_bits_per_weight"]:.3f}) | '
-        f'{r["moejax_as_published_gb"]:,.2f} ({r["moejax_as_published_bits_per_weight"]:.3f}) |'
-    )
-  return '\n'.join(lines)

@@ -1,13 +1,11 @@
-"""Sizes and operations against hand counts, real nodes, and the published table."""
+"""Bytes, parameters and operations against hand counts and real nodes."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import account, model, presets, tree, weights
+from moejax import account, model, store, tree, weights
 from moejax.config import ModelConfig, MoeConfig
-from moejax.errors import UserError
 
 CONFIG = ModelConfig(
     vocab_size=64, d_model=16, d_kv=4, d_ff=32, num_heads=2, num_layers=2, num_decoder_layers=2,
@@ -74,47 +72,8 @@ def test_summary_and_layers_count_compressed_nodes(params):
   assert account.summary(tree.abstract(packed), CONFIG) == after
 
 
-@pytest.mark.parametrize('zero_share', [0.8, 0.885, 0.95])
-@pytest.mark.parametrize('shape', [(2, 768, 1024), (2, 1024, 256)])
-def test_prediction_is_within_one_percent_of_the_file(shape, zero_share):
-  actual = ternary_node(shape, zero_share).bits()
-  assert account.ternary_bits(shape, zero_share) == pytest.approx(actual, rel=0.01)
-
-
-def test_prediction_of_the_other_format():
-  rng = np.random.default_rng(3)
-  symbols = rng.choice(3, size=(1, 256, 512), p=[0.885, 0.0575, 0.0575])
-  node = weights.TernaryV1.from_symbols(symbols, np.tile([-1.0, 1.0], (1, 256, 1)))
-  assert account.ternary_v1_bits((1, 512, 256), 0.885) == pytest.approx(node.bits(), rel=0.01)
-
-
-def test_predicted_model():
-  shapes = account.predicted(CONFIG, 0.885)
-  paths = [p for p in tree.flatten(model.abstract_params(CONFIG)) if '/experts/' in p]
-  assert account.predicted(CONFIG, dict.fromkeys(paths, 0.885)) == shapes
-  other = 2 * (tree.count(model.abstract_params(CONFIG)) - 2 * 4 * 2 * 16 * 32)
-  assert shapes['stored_bytes'] - shapes['expert_bytes'] == other
-  with pytest.raises(UserError, match='zero share'):
-    account.predicted(CONFIG, {})
-  with pytest.raises(UserError, match='between 0 and 1'):
-    account.predicted(CONFIG, 1.5)
-
-
-def test_published_models_are_smaller_than_published():
-  rows = {r['model']: r for r in account.published_sizes()}
-  for row in rows.values():
-    assert row['moejax_gb'] < row['moejax_as_published_gb'] < row['qmoe_published_gb']
-  large = rows['switch-c-2048']
-  assert large['bf16_gb'] == pytest.approx(3142, rel=0.001)
-  assert large['moejax_as_published_gb'] < 141
-  flat = account.shapes(presets.preset('switch-c-2048'), np.dtype(jnp.bfloat16))
-  assert large['parameters'] == tree.count(flat) == sum(np.prod(a.shape) for a in flat.values())
-  table = account.published_table().splitlines()
-  assert len(table) == 5
-  assert all(line.count('|') == table[0].count('|') for line in table)
-
-
-def test_nothing_is_allocated_for_a_huge_model():
-  sizes = account.predicted(presets.preset('switch-c-2048'), 0.886)
-  assert 125e9 < sizes['stored_bytes'] < 140e9
-  assert not jax.live_arrays() or sum(a.nbytes for a in jax.live_arrays()) < 1e9
+def test_a_folder_counts_as_its_params(tmp_path, params):
+  filled = tree.map_paths(lambda _, leaf: np.zeros(leaf.shape, leaf.dtype), params)
+  filled = tree.replace(filled, 'encoder/layers_1/ffn/experts/wi', ternary_node((4, 16, 32), 0.8))
+  model.Model(CONFIG, filled).save(tmp_path / 'model')
+  assert account.of_source(store.Source(tmp_path / 'model')) == account.summary(filled, CONFIG)

@@ -1,0 +1,49 @@
+"""What a model costs: stored bytes, parameters, active parameters and FLOPs, from shapes alone.
+
+Everything here reads shapes and dtypes, so abstract params (ShapeDtypeStructs, also inside weight
+nodes) do; a model of a trillion parameters is accounted for without allocating it. This is the one
+place that counts a model's bytes, and the one that foresees those of weights yet to be compressed.
+"""
+
+from moejax.account.counts import (
+  Source,
+  active_parameters,
+  bytes_by_part,
+  flops_per_token,
+  forward_flops,
+  layers,
+  of_source,
+  part_of,
+  path_flops,
+  shapes,
+  stored_bits,
+  summary,
+)
+from moejax.account.predicted import (
+  ZERO_SHARE,
+  packed_node,
+  ternary_bits_per_weight,
+  ternary_node,
+)
+from moejax.account.published import published_sizes, published_table
+
+__all__ = [
+    'ZERO_SHARE',
+    'Source',
+    'active_parameters',
+    'bytes_by_part',
+    'flops_per_token',
+    'forward_flops',
+    'layers',
+    'of_source',
+    'packed_node',
+    'part_of',
+    'path_flops',
+    'published_sizes',
+    'published_table',
+    'shapes',
+    'stored_bits',
+    'summary',
+    'ternary_bits_per_weight',
+    'ternary_node',
+]
