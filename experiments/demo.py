@@ -237,6 +237,7 @@ def table(values: Mapping[str, Any]) -> str:
 def main() -> None:
   start = time.monotonic()
   settings = settings_from_flags()
+  files.require_writable(settings.workdir / 'report.html')
   values = run(settings)
   files.write_json(settings.workdir / 'steps' / 'demo.json', {'seconds': time.monotonic() - start})
   page = report.write(values, settings.workdir)

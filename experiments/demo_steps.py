@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Mapping
 import dataclasses
 import hashlib
 import json
-import math
 import pathlib
 import shutil
 import subprocess
@@ -103,13 +102,7 @@ class Memory:
       if kept.get('key') == key:
         return kept['result'], True
     result = dict(work())
-    partial = file.with_name(f'.{file.name}.partial')
-    try:
-      self._folder.mkdir(parents=True, exist_ok=True)
-      files.write_json(partial, {'key': key, 'result': result})
-      partial.replace(file)
-    except OSError as error:
-      raise files.os_error(file, error) from error
+    files.write_json(file, {'key': key, 'result': result})
     return result, False
 
 
@@ -187,8 +180,10 @@ def train(settings: Settings) -> dict[str, Any]:
   origin = {
       'checkpoint': fingerprint(settings.checkpoint), 'config': config_lib.to_json(experiment)
   }
-  if folder.exists() and (not started.is_file() or files.read_json(started) != origin):
+  if started.is_file() and files.read_json(started) != origin:
     shutil.rmtree(folder)  # of another checkpoint or other settings
+  elif not started.is_file() and any(not p.name.endswith('.partial') for p in folder.glob('*')):
+    raise UserError(f'{folder} is not of the demo: name a new folder with --workdir')
   folder = loop.prepare_workdir(folder)
   files.write_json(started, origin)
   watch = Stopwatch(folder / 'elapsed.json', settings.train_seconds)
@@ -285,6 +280,6 @@ def evaluate_fresh(
         f'measuring {model} failed with exit code {done.returncode}; its message is above'
     )
   result = json.loads(done.stdout)
-  if not math.isfinite(result['content_loss']):
-    raise UserError(f'measuring {model} gave a loss of {result["content_loss"]}')
+  if result['content_loss'] is None:
+    raise UserError(f'measuring {model} gave a loss that is not finite: its weights are broken')
   return result

@@ -72,10 +72,17 @@ def make_checkpoint(folder: pathlib.Path) -> dict[str, str]:
   }
 
 
-def run(module: str, **flags: str) -> subprocess.CompletedProcess:
-  """Runs an experiments main to its end."""
+def full_disk(kilobytes: int, command: list[str]) -> list[str]:
+  """The command where no file can grow past a size: its writes fail as on a full disk."""
+  return ['bash', '-c', f'ulimit -f {kilobytes}; exec "$@"', 'bash', *command]
+
+
+def run(module: str, room: int | None = None, **flags: str) -> subprocess.CompletedProcess:
+  """Runs an experiments main to its end; `room`: see `full_disk`."""
   given = [f'--{name}={value}' for name, value in flags.items()]
   command = [sys.executable, '-m', f'experiments.{module}', *given]
+  if room is not None:
+    command = full_disk(room, command)
   return subprocess.run(
       command, cwd=ROOT, env=environment(), capture_output=True, text=True, check=False
   )

@@ -96,6 +96,28 @@ def test_a_missing_checkpoint_is_one_line(tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
+def test_a_full_disk_is_one_line(tmp_path):
+  flags = {**common.make_checkpoint(tmp_path), 'workdir': str(tmp_path / 'run')}
+  done = common.run('demo', room=1, **flags)
+  assert done.returncode == 2
+  (said,) = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+  file = tmp_path / 'run' / 'steps' / 'evaluate_checkpoint.json'
+  assert said.startswith(f'error: cannot write {file}: ') and 'Traceback' not in done.stderr
+  assert [p for p in (tmp_path / 'run').rglob('*') if p.is_file()] == []
+
+
+def test_a_folder_of_somebody_else_is_not_trained_into(tmp_path):
+  flags = common.make_checkpoint(tmp_path)
+  (tmp_path / 'run' / 'train').mkdir(parents=True)
+  (tmp_path / 'run' / 'train' / 'thesis.tex').write_text('years of work')
+  settings = demo_steps.Settings(
+      checkpoint=pathlib.Path(flags['checkpoint']), workdir=tmp_path / 'run'
+  )
+  with pytest.raises(UserError, match=r'run/train is not of the demo: name a new folder'):
+    demo_steps.train(settings)
+  assert (tmp_path / 'run' / 'train' / 'thesis.tex').read_text() == 'years of work'
+
+
 def test_memory_keeps_a_result_for_its_inputs_only(tmp_path):
   memory, made = demo_steps.Memory(tmp_path / 'steps'), tmp_path / 'made'
   calls = []

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -35,6 +37,35 @@ def test_prints_json_of_everything_asked(flags, tmp_path):
   assert 0 < result['bigram_content_loss'] < result['content_loss']
   assert set(result['routing']) == {'encoder/layers_0/ffn', 'decoder/layers_0/ffn'}
   assert result['examples'][0]['pieces'] and result['examples'][0]['fills']
+
+
+@pytest.mark.parametrize('folder, message', [
+    ('', 'is a folder: name a file'), ('checkpoint/config.json/x', 'a part of this path is a file'),
+])
+def test_a_result_that_cannot_be_written_is_noticed_first(flags, tmp_path, folder, message):
+  out = pathlib.Path(flags['checkpoint']).parent / folder
+  done = common.run(
+      'evaluate', model=flags['checkpoint'], data=flags['test_files'], out=str(out)
+  )
+  assert done.returncode == 2 and not done.stdout
+  assert done.stderr.startswith('error: ') and done.stderr.count('\n') == 1
+  assert str(out) in done.stderr and message in done.stderr
+
+
+def test_a_full_disk_behind_the_output_is_one_line(flags):
+  command = [
+      sys.executable, '-m', 'experiments.evaluate', '--model', flags['checkpoint'],
+      '--data', flags['test_files'], '--max_batches', '1',
+  ]
+  with open('/dev/full', 'w') as full:
+    done = subprocess.run(
+        command, cwd=common.ROOT, env=common.environment(), stdout=full, stderr=subprocess.PIPE,
+        text=True, check=False,
+    )
+  assert done.returncode == 2
+  (said,) = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+  assert said.startswith('error: cannot write the output: the disk is full')
+  assert 'Traceback' not in done.stderr and 'Exception ignored' not in done.stderr
 
 
 @pytest.mark.parametrize('change, message', [
