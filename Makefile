@@ -23,8 +23,8 @@ bench: $(VENV)/.installed-test
 # Hours: trains the demo's checkpoint from nothing, measures it, and runs every bench.
 evidence: $(VENV)/.installed-test
 	$(BIN)/python -m experiments.train --config configs/sotu_switch16.py --workdir runs/sotu
-	mkdir -p experiments/evidence
-	$(BIN)/python -m experiments.bench --suite foundation --out experiments/evidence/foundation.json
+	$(BIN)/python -m experiments.bench --suite foundation \
+	  --out experiments/evidence/foundation_cpu.json --markdown experiments/BENCHMARKS.md
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

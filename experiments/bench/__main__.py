@@ -3,119 +3,114 @@
 Example:
   python -m experiments.bench --suite foundation --out runs/bench.json
 
-Our side runs in .venv-new (Python 3.12, newest JAX) where it exists, since JAX's speed on CPU
-depends on it; PyTorch peers run where torch is installed. Peers alternate for several rounds; a row
-is the median of the rounds' medians.
+Every worker is held to the same two cores. Ours runs in the newest JAX and PyTorch peers in the
+newest torch found: in this Python, .venv, .venv-new and those given by --python. Rounds go over all
+peers in turn, each with its own warm-up. A peer without an interpreter is left out and said so.
 """
 
-import json
-import os
+from collections.abc import Sequence
 import pathlib
-import platform
-import statistics
-import subprocess
 import sys
+import tempfile
 from typing import Any
 
 from absl import flags
 import tqdm
 
 from experiments import flags as common
-from moejax import errors
+from experiments.bench import suites, tables
+from moejax import errors, files
 
 _SUITE = flags.DEFINE_string('suite', 'foundation', 'Which suite to run.')
-_OUT = flags.DEFINE_string('out', None, 'Also write the rows to this JSON file.')
-_ROUNDS = flags.DEFINE_integer('rounds', 3, 'Rounds over all workers.')
-
-# suite: workers, each (module, whether it needs torch)
-SUITES = {
-    'foundation': (
-        ('forward_jax', False),
-        ('forward_torch', True),
-        ('gptq_jax', False),
-        ('gptq_torch', True),
-        ('experts_jax', False),
-        ('codec_jax', False),
-    ),
-}
+_OUT = flags.DEFINE_string('out', None, 'Also write everything to this JSON file.')
+_MARKDOWN = flags.DEFINE_string(
+    'markdown', None, 'Also write the tables here; what stands below the marker line is kept.'
+)
+_RENDER = flags.DEFINE_string('render', None, 'Measure nothing, show this JSON file of --out.')
+_ROUNDS = flags.DEFINE_integer('rounds', 3, 'Rounds over all workers.', lower_bound=1)
+_QUICK = flags.DEFINE_bool('quick', False, 'Tiny sizes: shows that everything runs.')
+_PYTHON = flags.DEFINE_multi_string('python', [], 'One more interpreter to look in.')
 
 
-def interpreter(torch: bool) -> str | None:
-  """The Python that runs a worker; None if there is none with torch."""
-  if not torch:
-    new = pathlib.Path('.venv-new/bin/python')
-    return str(new) if new.exists() else sys.executable
-  for python in (sys.executable, '.venv/bin/python'):
-    probe = [python, '-c', 'import torch, transformers']
-    if subprocess.run(probe, capture_output=True, check=False).returncode == 0:
-      return python
-  return None
-
-
-def run_worker(module: str, python: str) -> list[dict[str, Any]]:
-  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '2'}
-  done = subprocess.run(
-      [python, '-m', f'experiments.bench.{module}'], env=env, capture_output=True, text=True,
-      check=False,
+def measure(suite: str, rounds: int, quick: bool, pythons: Sequence[str]) -> dict[str, Any]:
+  """Runs a suite; returns machine, settings, workers, skipped parts, measurements, comparisons."""
+  found = suites.interpreters(pythons)
+  skipped: dict[str, str] = {}
+  pythons_of = {}
+  for worker in suites.SUITES[suite]:
+    python, why = suites.choose(worker, found)
+    if python is None:
+      skipped[worker.part] = f'{worker.module}: {why}'
+      print(f'left out: {skipped[worker.part]}', file=sys.stderr)
+    else:
+      pythons_of[worker] = python
+  jobs = [(r, w) for r in range(rounds) for w in pythons_of]
+  machine, cpus = suites.machine(), suites.pin()
+  rows: list[tuple[str, dict[str, Any]]] = []
+  workers: dict[str, dict[str, Any]] = {}
+  bar = tqdm.tqdm(
+      total=sum(w.seconds for _, w in jobs), file=sys.stderr,
+      bar_format='{desc} {percentage:3.0f}% |{bar:20}| {elapsed}, {remaining} left',
   )
-  if done.returncode:
-    raise errors.UserError(f'bench worker {module} failed: {done.stderr.strip()[-400:]}')
-  return json.loads(done.stdout.strip().splitlines()[-1])
+  for r, worker in jobs:
+    bar.set_description(f'{worker.module}, round {r + 1} of {rounds}')
+    if not workers.get(worker.module, {}).get('failed'):
+      result, why = suites.run_worker(worker, pythons_of[worker], quick)
+      if result is None:
+        skipped[worker.part] = why
+        workers[worker.module] = {'versions': {}, 'failed': why}
+      else:
+        rows += [(worker.part, row) for row in result.pop('rows')]
+        workers[worker.module] = result
+    bar.update(worker.seconds)
+  bar.close()
+  measurements = tables.merge(rows)
+  settings = {
+      'rounds': rounds, 'quick': quick, 'threads': suites.THREADS, 'cpus': cpus,
+      'environment': suites.environment(),
+  }
+  return {
+      'suite': suite, 'machine': machine, 'settings': settings, 'workers': workers,
+      'skipped': skipped, 'measurements': measurements,
+      'comparisons': tables.compare(measurements, skipped),
+  }
 
 
-def merge(rounds: list[dict[str, Any]]) -> dict[str, Any]:
-  """One row of several rounds: medians of numbers, the rest as in the first."""
-  row = dict(rounds[0])
-  for name, value in row.items():
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-      row[name] = statistics.median(r[name] for r in rounds)
-  row['rounds'] = len(rounds)
-  return row
-
-
-def machine() -> str:
-  model = platform.processor()
-  cpuinfo = pathlib.Path('/proc/cpuinfo')
-  if cpuinfo.exists():
-    for line in cpuinfo.read_text().splitlines():
-      if line.startswith('model name'):
-        model = line.split(':', 1)[1].strip()
-        break
-  return f'{model}, {os.cpu_count()} cores'
-
-
-def table(rows: list[dict[str, Any]]) -> str:
-  lines = ['| bench | implementation | median ms | other |', '|---|---|---|---|']
-  for row in rows:
-    shown = ('bench', 'implementation', 'median_ms', 'min_ms', 'max_ms', 'rounds')
-    other = ', '.join(
-        f'{k} {v:.4g}' if isinstance(v, float) else f'{k} {v}'
-        for k, v in row.items() if k not in shown
-    )
-    ms = f'{row["median_ms"]:.1f}' if 'median_ms' in row else ''
-    lines.append(f'| {row["bench"]} | {row["implementation"]} | {ms} | {other} |')
-  return '\n'.join(lines)
+def prepare(path: pathlib.Path) -> None:
+  """Finds out before a long run whether a file can be written."""
+  if path.is_dir():
+    raise errors.UserError(f'{path} is a folder: name a file')
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent):
+      pass
+  except OSError as error:
+    raise files.os_error(path, error) from error
 
 
 def main() -> None:
-  if _SUITE.value not in SUITES:
-    hint = errors.did_you_mean(_SUITE.value, SUITES)
-    raise errors.UserError(f'no suite {_SUITE.value!r}; there is {", ".join(SUITES)}{hint}')
-  collected: dict[tuple[str, str], list[dict[str, Any]]] = {}
-  workers = [(m, interpreter(torch)) for m, torch in SUITES[_SUITE.value]]
-  for module, python in workers:
-    if python is None:
-      print(f'left out: {module}, no Python with torch was found', file=sys.stderr)
-  jobs = [(m, p) for _ in range(_ROUNDS.value) for m, p in workers if p is not None]
-  for module, python in tqdm.tqdm(jobs, desc='bench', file=sys.stderr):
-    for row in run_worker(module, python):
-      collected.setdefault((row['bench'], row['implementation']), []).append(row)
-  rows = [merge(r) for r in collected.values()]
-  print(f'Machine: {machine()}\n\n{table(rows)}')
-  if _OUT.value:
-    out = pathlib.Path(_OUT.value)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({'machine': machine(), 'rows': rows}, indent=1))
+  suite = _SUITE.value
+  if suite not in suites.SUITES:
+    hint = errors.did_you_mean(suite, suites.SUITES) or f'; there is {", ".join(suites.SUITES)}'
+    raise errors.UserError(f'no suite {suite!r}{hint}')
+  out, page = (pathlib.Path(f) if f else None for f in (_OUT.value, _MARKDOWN.value))
+  for path in filter(None, (out, page)):
+    prepare(path)
+  rest = tables.by_hand(page) if page else ''
+  if _RENDER.value:
+    result = files.read_json(pathlib.Path(_RENDER.value))
+    if 'comparisons' not in result:
+      raise errors.UserError(f'{_RENDER.value} was not written by --out of this command')
+  else:
+    result = measure(suite, _ROUNDS.value, _QUICK.value, _PYTHON.value)
+  print(tables.text(result), flush=True)
+  if out:
+    files.write_json(out, result)
+  if page:
+    page.write_text(tables.markdown(result, f'python -m experiments.bench --suite {suite}') + rest)
+  failed = [w['failed'] for w in result['workers'].values() if w.get('failed')]
+  if failed:
+    raise errors.UserError('; '.join(failed))
 
 
 if __name__ == '__main__':

@@ -1,24 +1,46 @@
-"""Worker: forward pass of a Switch-base-8 in float32, 2 x 512 encoder and decoder tokens."""
+"""Worker: forward pass of a dropless switch-base-8 in float32, in evaluation mode."""
+
+import dataclasses
+from typing import Any
 
 import jax
 
 from experiments.bench import timing
+from moejax import config as config_lib
 from moejax import model, presets
 
+SMALL = dict(
+    vocab_size=96, d_model=16, d_kv=4, d_ff=32, num_heads=4, num_layers=2, num_decoder_layers=2
+)
 
-def main() -> None:
-  config = presets.preset('switch-base-8')
+
+def main(quick: bool) -> list[dict[str, Any]]:
+  batch, length = (2, 16) if quick else (2, 512)
+  sizes: dict[str, Any] = SMALL if quick else {}
+  dropless = config_lib.MoeConfig(num_experts=8)
+  config = dataclasses.replace(presets.preset('switch-base-8'), moe=dropless, **sizes)
   params = jax.jit(lambda key: model.init_params(config, key))(jax.random.key(0))
-  tokens = jax.random.randint(jax.random.key(1), (2, 512), 2, config.vocab_size)
-  forward = jax.jit(
-      lambda params, x, y: model.apply_fn(config, params, x, y).logits_btv
-  )
-  fn = lambda: jax.block_until_ready(forward(params, tokens, tokens))
-  timing.emit([{
-      'bench': 'switch-base-8 forward', 'implementation': f'moejax, jax {jax.__version__}',
-      **timing.median_ms(fn),
-  }])
+  tokens = jax.random.randint(jax.random.key(1), (batch, length), 2, config.vocab_size)
+
+  @jax.jit
+  def forward(params, x, y):
+    out = model.apply_fn(config, params, x, y)
+    return out.logits_btv, [r.load_e for r in out.routings.values()]
+
+  call = lambda: jax.block_until_ready(forward(params, tokens, tokens))
+  logits, loads = call()
+  work = {
+      'parameters': sum(a.size for a in jax.tree.leaves(params)),
+      'logits': logits.size,
+      'tokens_through_experts': sum(int(load_e.sum()) for load_e in loads),
+  }
+  samples = timing.measure({'forward': call}, repeats=7)['forward']
+  case = f'{batch} x {length} encoder and decoder tokens'
+  busiest = max(int(load_e.max()) for load_e in loads)
+  return [timing.row(
+      case, 'forward pass', 'moejax', samples, ours=True, work=work, busiest_expert=busiest
+  )]
 
 
 if __name__ == '__main__':
-  main()
+  timing.run(main)
