@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from moejax import store
+from moejax import sharding, store
 from moejax.config import ModelConfig
 from moejax.nn.switch import Output, SwitchTransformer
 
@@ -84,9 +84,16 @@ class Model:
     return apply_fn(self.config, self.params, encoder_tokens, decoder_tokens, **kwargs)
 
   @classmethod
-  def load(cls, folder: str | pathlib.Path) -> 'Model':
-    """Reads a moejax model folder; raises UserError if any part of it is wrong."""
-    return cls(*store.load_folder(folder))
+  def load(cls, folder: str | pathlib.Path, mesh: Mesh | None = None) -> 'Model':
+    """Reads a moejax model folder; raises UserError if any part of it is wrong.
+
+    With a mesh, each parameter and each array of a weight node goes straight to where
+    `sharding.param_specs` says.
+    """
+    if mesh is None:
+      return cls(*store.load_folder(folder))
+    place = lambda path, leaf: sharding.place_leaf(path, leaf, mesh)
+    return cls(*store.load_folder(folder, place=place))
 
   def save(self, folder: str | pathlib.Path, **kwargs) -> None:
     """Writes a moejax model folder; see `store.save_folder`."""

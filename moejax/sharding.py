@@ -80,6 +80,23 @@ def param_shardings(params: Any, mesh: Mesh, rules=PARAM_RULES) -> Any:
   )
 
 
+def place(params: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
+  """Puts params on a mesh; see `place_leaf`."""
+  return tree.map_paths(lambda path, leaf: place_leaf(path, leaf, mesh), params)
+
+
+def place_leaf(path: str, leaf: Any, mesh: Mesh) -> Any:
+  """Puts one array or weight node where `param_specs` says.
+
+  A node on the host is laid out for the mesh first, so that every device holds the codes of its
+  own experts only, where the node's class can be cut.
+  """
+  ways = mesh.shape['expert']
+  if not tree.is_array(leaf) and len(leaf.shape) == 3 and leaf.shape[0] % ways == 0:
+    leaf = leaf.sharded(ways)
+  return jax.device_put(leaf, tree.get(param_shardings({path: leaf}, mesh), path), may_alias=False)
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
   """Batches are split over the data and the expert axis."""
   return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
@@ -105,10 +122,12 @@ def gather_whole(x: jax.Array, mesh: Mesh | None) -> jax.Array:
 
 
 def describe(params: Mapping[str, Any], mesh: Mesh) -> list[str]:
-  """Lines of `path: dtype[shape] @ spec`, for golden files and logs."""
-  specs = tree.flatten(param_specs(params, mesh))
-  return [
-      f'{path}: {leaf.dtype}{list(leaf.shape)} @ {tuple(specs[path])}'
-      for path, leaf in tree.flatten(params).items()
-      if tree.is_array(leaf)
-  ]
+  """Lines of `path: dtype[shape] @ spec`, for golden files and logs; a node's arrays by field."""
+  specs = jax.tree.leaves(
+      param_specs(params, mesh), is_leaf=lambda s: isinstance(s, PartitionSpec)
+  )
+  lines = []
+  for (keys, leaf), spec in zip(jax.tree_util.tree_leaves_with_path(params), specs, strict=True):
+    path = jax.tree_util.keystr(keys, simple=True, separator='/')
+    lines.append(f'{path}: {leaf.dtype}{list(leaf.shape)} @ {tuple(spec)}')
+  return lines

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-from moejax import sharding
+from moejax import sharding, tree
+from moejax.errors import UserError
 from moejax.ops import ffn
 from moejax.routing import dispatch
 from moejax.routing.types import Routing
@@ -30,7 +31,11 @@ def moe_ffn(
 
   With a mesh of several devices the batch is split over data and expert, the experts over expert
   and their hidden units over tensor; each expert group gathers its tokens and returns the sums,
-  so nothing is dropped.
+  so nothing is dropped. Codes cannot be cut by hidden unit: in a layer with a weight node the
+  devices along tensor hold the same experts and do the same work.
+
+  Raises:
+    UserError: the batch or the experts do not divide over the devices.
   """
   batch, length, d = x_btd.shape
   k = routing.choice_mk.shape[-1]
@@ -54,10 +59,13 @@ def _sharded(
   k = routing.choice_mk.shape[-1]
   ways, shards = sharding.batch_ways(mesh), mesh.shape['expert']
   if batch % ways:
-    raise ValueError(f'batch {batch} does not divide over data x expert = {ways} devices')
+    raise UserError(f'batch {batch} does not divide over data x expert = {ways} devices')
   if num_experts(experts) % shards:
-    raise ValueError(f'{num_experts(experts)} experts do not divide over {shards} devices')
+    raise UserError(
+        f'{num_experts(experts)} experts do not divide over mesh axis expert = {shards}'
+    )
   own = num_experts(experts) // shards
+  nodes = not all(tree.is_array(w) for w in experts.values())
 
   def local(experts, x, choice, keep):
     gather = lambda a: jax.lax.all_gather(a, 'expert', axis=0, tiled=True)
@@ -66,12 +74,13 @@ def _sharded(
     here = keep & (choice >= 0) & (choice < own)
     fn = lambda rows, sizes: ffn.expert_ffn(experts, rows, sizes, activation)
     y = dispatch.apply_experts(x, jnp.where(here, choice, 0), here, own, fn)
-    y = jax.lax.psum(y, 'tensor')
+    if not nodes:
+      y = jax.lax.psum(y, 'tensor')
     return jax.lax.psum_scatter(y, 'expert', scatter_dimension=0, tiled=True)
 
-  column = PartitionSpec('expert', None, 'tensor')
-  row = PartitionSpec('expert', 'tensor', None)
-  specs = {name: row if name == 'wo' else column for name in experts}
+  specs = {
+      name: _weight_specs(name, w, mesh, None if nodes else 'tensor') for name, w in experts.items()
+  }
   rows = PartitionSpec(sharding.BATCH_AXES)
   return jax.shard_map(
       local, mesh=mesh, in_specs=(specs, rows, rows, rows), out_specs=rows, check_vma=False
@@ -81,3 +90,11 @@ def _sharded(
       routing.choice_mk.reshape(-1, k),
       routing.keep_mk.reshape(-1, k),
   )
+
+
+def _weight_specs(name: str, w: Any, mesh: Mesh, hidden: str | None) -> Any:
+  """Specs of an expert weight inside the block, its hidden units split over the axis `hidden`."""
+  if not tree.is_array(w):
+    return w.specs(mesh)
+  axes = (hidden, None) if name == 'wo' else (None, hidden)
+  return PartitionSpec('expert', *axes)

@@ -82,8 +82,9 @@ class WeightNode:
     return self.bits() / self.size
 
   def to_arrays(self) -> dict[str, np.ndarray]:
-    """The array fields by name, on the host."""
-    return {name: np.asarray(getattr(self, name)) for name in self._names(static=False)}
+    """The array fields by name, on the host, in one shard."""
+    whole = self.sharded(1)
+    return {name: np.asarray(getattr(whole, name)) for name in self._names(static=False)}
 
   def static(self) -> dict[str, Any]:
     """The static fields as JSON values."""
@@ -119,15 +120,27 @@ class WeightNode:
   def specs(self, mesh: Mesh | None = None) -> Self:
     """The node with a PartitionSpec for each array: its experts over the mesh axis 'expert'.
 
-    An array whose leading axis that mesh axis does not divide stays whole everywhere.
+    A device's own piece is again a node, of that device's experts. All devices of the axes 'data'
+    and 'tensor' hold the same pieces. A node whose experts that mesh axis does not divide, or of a
+    single matrix, is whole everywhere.
     """
     ways = 1 if mesh is None else mesh.shape['expert']
+    split = ways > 1 and not self.single and self.shape[0] % ways == 0  # type: ignore[attr-defined]
+    return dataclasses.replace(self, **{  # type: ignore[type-var]
+        name: PartitionSpec('expert') if split and self._splits(name, ways) else PartitionSpec()
+        for name in self._names(static=False)
+    })
 
-    def spec(leaf):
-      split = ways > 1 and len(leaf.shape) > 0 and leaf.shape[0] % ways == 0
-      return PartitionSpec('expert') if split else PartitionSpec()
+  def _splits(self, name: str, ways: int) -> bool:
+    """Whether a field's leading axis can be cut into `ways` pieces, each for its experts."""
+    return True
 
-    return jax.tree.map(spec, self)
+  def sharded(self, shards: int) -> Self:
+    """The same weights, laid out on the host so that `specs` splits all that it can.
+
+    Each piece may be padded to the longest: a layout for devices. It is stored whole again.
+    """
+    return self
 
   def dense(self, dtype: Any) -> jax.Array:
     """All weights, [e, d, f] or [d, f]; experts are decoded one after another."""

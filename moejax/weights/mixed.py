@@ -6,6 +6,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 import numpy as np
 
 from moejax.weights import base
@@ -25,14 +26,18 @@ class Mixed(base.WeightNode):
   """Experts spread over parts, each a weight node or an array [e_part, d, f].
 
   Attributes:
-    parts: the weights by format.
+    parts: the weights by format. On a mesh they are split by expert once laid out by `sharded`;
+      else every device holds them all.
     part: uint8 [e], the part that holds an expert.
-    slot: uint16 [e], its place there.
+    slot: uint16 [e], its place there, modulo the part's size: a device's piece of a node keeps
+      the places of the whole.
+    shards: into how many pieces the parts can be cut, each for its share of the experts.
   """
 
   parts: tuple[Any, ...]
   part: Any
   slot: Any
+  shards: int = base.static_field(default=1)
 
   @property
   def shape(self) -> tuple[int, ...]:
@@ -57,14 +62,50 @@ class Mixed(base.WeightNode):
     node.validate()
     return node
 
-  def to_arrays(self) -> dict[str, np.ndarray]:
-    arrays = {'part': np.asarray(self.part), 'slot': np.asarray(self.slot)}
+  def sharded(self, shards: int) -> Self:
+    """The node with the parts in `shards` pieces of equal numbers of experts (host arrays).
+
+    A piece that holds fewer experts of a part than another is filled up with copies, so a device
+    holds of each part as many experts as the device with most of them.
+    """
+    if shards == self.shards:
+      return self
+    e = self.part.shape[0]
+    base.require(e % shards == 0, f'{e} experts do not split into {shards} shards')
+    part, slot = np.asarray(self.part), np.asarray(self.slot)
+    new_slot, parts = slot.copy(), []
     for j, p in enumerate(self.parts):
+      own = [i + np.flatnonzero(part[i : i + e // shards] == j) for i in range(0, e, e // shards)]
+      count = max(len(x) for x in own)
+      taken = []
+      for i, x in enumerate(own):
+        new_slot[x] = i * count + np.arange(len(x))
+        filler = slot[x[0]] if len(x) else 0
+        taken += [*slot[x], *[filler] * (count - len(x))]
+      is_node = isinstance(p, base.WeightNode)
+      parts.append(p.take(taken, shards) if is_node else np.asarray(p)[taken])
+    return dataclasses.replace(self, parts=tuple(parts), slot=new_slot, shards=shards)
+
+  def specs(self, mesh: Mesh | None = None) -> Self:
+    ways = 1 if mesh is None else mesh.shape['expert']
+    split = ways > 1 and self.part.shape[0] % ways == 0
+    own = PartitionSpec('expert') if split else PartitionSpec()
+    if split and self.shards % ways == 0:
+      parts = [p.specs(mesh) if isinstance(p, base.WeightNode) else own for p in self.parts]
+    else:
+      parts = [jax.tree.map(lambda _: PartitionSpec(), p) for p in self.parts]
+    return dataclasses.replace(self, parts=tuple(parts), part=own, slot=own)
+
+  def to_arrays(self) -> dict[str, np.ndarray]:
+    whole = self.sharded(1)
+    arrays = {'part': np.asarray(whole.part), 'slot': np.asarray(whole.slot)}
+    for j, p in enumerate(whole.parts):
       fields = p.to_arrays() if isinstance(p, base.WeightNode) else {_ARRAY: np.asarray(p)}
       arrays.update({f'{j}.{name}': array for name, array in fields.items()})
     return arrays
 
   def static(self) -> dict[str, Any]:
+    """The classes and static fields of the parts; `shards` is not stored."""
     return {
         'parts': [
             {'class': type(p).__name__, 'static': p.static()}
@@ -120,10 +161,11 @@ class Mixed(base.WeightNode):
     slot = jnp.asarray(self.slot)[i].astype(jnp.int32)
 
     def rows(p):
+      count = p.shape[0]
       if isinstance(p, base.WeightNode):
-        return lambda s: p.expert_rows(s, dtype)
+        return lambda s: p.expert_rows(s % count, dtype)
       pick = lambda s: jax.lax.dynamic_index_in_dim(jnp.asarray(p), s, 0, keepdims=False)
-      return lambda s: pick(s).astype(dtype).T
+      return lambda s: pick(s % count).astype(dtype).T
 
     return jax.lax.switch(part, [rows(p) for p in self.parts], slot)
 

@@ -1,5 +1,6 @@
 """Packed: 2-, 3- and 4-bit weights with a scale and a zero for each output unit or group."""
 
+from collections.abc import Sequence
 import dataclasses
 from typing import Any, Self
 
@@ -85,6 +86,10 @@ class Packed(base.WeightNode):
     """The symbols again, uint8 [e, rows, cols] or [rows, cols]."""
     out = packing.unpack(np.asarray(self.words), self.cols, self.width).astype(np.uint8)
     return out[0] if self.single else out
+
+  def take(self, experts: Sequence[int] | np.ndarray, shards: int = 1) -> Self:
+    """The node of these experts, in this order (host arrays)."""
+    return jax.tree.map(lambda a: np.asarray(a)[np.asarray(experts)], self)
 
   def validate(self) -> None:
     base.require(

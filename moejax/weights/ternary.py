@@ -1,5 +1,6 @@
 """Ternary: weights in {low, 0, high} of their output unit, in the `moejax` codec."""
 
+from collections.abc import Sequence
 import dataclasses
 from typing import Any, Self
 
@@ -19,8 +20,10 @@ class Ternary(base.WeightNode):
 
   Attributes:
     words: uint16 [s, w] codewords; shard i of s holds the i-th share of the experts. Stored with
-      s = 1; `sharded` makes more.
-    offsets: uint32 [e, blocks + 1] first word of each block of rows within its shard.
+      s = 1; `sharded` makes more. On a mesh they are split over the experts' devices if s is a
+      multiple of those, with what it takes to pad the shards to the longest; else every device
+      holds them all.
+    offsets: uint32 [e, blocks + 1] first word of each block of rows, all shards counted through.
     design: uint8 [e] table id of each expert.
     levels: bf16 or float32 [e, rows, 2], low and high of each output unit.
     rows, cols: f and d.
@@ -96,23 +99,43 @@ class Ternary(base.WeightNode):
     out = ternary.decode(self.encoded())
     return out[0] if self.single else out
 
+  def take(self, experts: Sequence[int] | np.ndarray, shards: int = 1) -> Self:
+    """The node of these experts, in this order, in `shards` rows of codewords (host arrays).
+
+    An expert named twice is stored once in a shard.
+    """
+    flat, offsets = np.asarray(self.words).reshape(-1), np.asarray(self.offsets).astype(np.int64)
+    index = np.asarray(experts)
+    rows, starts = [], np.zeros(index.size, np.int64)
+    for own in np.split(np.arange(index.size), shards):
+      kept, inverse = np.unique(index[own], return_inverse=True)
+      pieces = [flat[offsets[i, 0] : offsets[i, -1]] for i in kept]
+      ends = np.cumsum([p.size for p in pieces])
+      starts[own] = (ends - [p.size for p in pieces])[inverse]
+      rows.append(np.concatenate(pieces))
+    longest = max(r.size for r in rows)
+    starts += np.repeat(np.arange(shards), index.size // shards) * longest
+    moved = offsets[index] - offsets[index, :1] + starts[:, None]
+    base.require(
+        moved.max() < 2**32, f'{moved.max()} codewords in {shards} shards: 32-bit offsets hold 2^32'
+    )
+    design = np.asarray(self.design)[index]
+    return dataclasses.replace(
+        self, words=np.stack([np.pad(r, (0, longest - r.size)) for r in rows]),
+        offsets=moved.astype(np.uint32), design=design, levels=np.asarray(self.levels)[index],
+        max_words=_longest(moved), designs=tuple(sorted({int(d) for d in design})),
+    )
+
   def sharded(self, shards: int) -> Self:
     """The node with its experts' codewords in `shards` rows of equal length (host arrays)."""
-    e, now = self.design.shape[0], self.words.shape[0]
-    if shards == now:
+    if shards == self.words.shape[0]:
       return self
+    e = self.design.shape[0]
     base.require(e % shards == 0, f'{e} experts do not split into {shards} shards')
-    words, offsets = np.asarray(self.words), np.asarray(self.offsets)
-    pieces = [words[i * now // e, o[0] : o[-1]] for i, o in enumerate(offsets)]
-    rows = [np.concatenate(p) for p in np.split(np.asarray(pieces, object), shards)]
-    longest = max(r.size for r in rows)
-    sizes = offsets[:, -1] - offsets[:, 0]
-    starts = np.cumsum(sizes.reshape(shards, -1), axis=1).reshape(-1) - sizes
-    return dataclasses.replace(
-        self,
-        words=np.stack([np.pad(r.astype(np.uint16), (0, longest - r.size)) for r in rows]),
-        offsets=(offsets - offsets[:, :1] + starts[:, None]).astype(np.uint32),
-    )
+    return self.take(np.arange(e), shards)
+
+  def _splits(self, name: str, ways: int) -> bool:
+    return name != 'words' or self.words.shape[0] % ways == 0
 
   def _check_structure(self) -> None:
     e, blocks = self.design.shape[0], -(-self.rows // self.block_rows)
@@ -140,10 +163,11 @@ class Ternary(base.WeightNode):
     if not all(base.is_concrete(a) for a in (self.words, self.offsets, self.design)):
       return
     offsets = np.asarray(self.offsets).astype(np.int64)
-    words = np.asarray(self.words)
+    words, size = np.asarray(self.words).reshape(-1), self.words.shape[1]
     base.require(
-        (np.diff(offsets, axis=1) > 0).all() and offsets.max() <= words.shape[1],
-        f'Ternary.offsets reach word {offsets.max()} of {words.shape[1]}, or do not increase: '
+        (np.diff(offsets, axis=1) > 0).all() and offsets.max() <= words.size
+        and (offsets[:, 0] // size == (offsets[:, -1] - 1) // size).all(),
+        f'Ternary.offsets reach word {offsets.max()} of {words.size}, or do not increase: '
         'codes are truncated or offsets damaged; restore the file',
     )
     base.require(
@@ -157,22 +181,27 @@ class Ternary(base.WeightNode):
     )
     sizes = ternary.block_sizes(self.rows, self.cols, self.block_rows)
     for i, row in enumerate(offsets):
-      codes = words[i * words.shape[0] // len(offsets), row[0] : row[-1]]
-      ternary.check_blocks(
-          codes, np.diff(row), sizes, tunstall.table(int(design[i])), name=f'expert {i}'
-      )
+      codes, table = words[row[0] : row[-1]], tunstall.table(int(design[i]))
+      ternary.check_blocks(codes, np.diff(row), sizes, table, name=f'expert {i}')
 
   def locate(
       self, i: jax.Array | int
   ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Of one expert (i may be traced): shard, offsets, place of its table in `designs`, levels."""
-    e, shards = self.design.shape[0], self.words.shape[0]
+    """Of one expert (i may be traced): shard, offsets, place of its table in `designs`, levels.
+
+    Shards are counted from the first that is held, offsets from the beginning of the shard: a
+    device's piece of a node knows neither how many pieces there are nor which one it is.
+    """
+    shards, size = self.words.shape
     i = jnp.asarray(i, jnp.int32)
     place = np.zeros(len(tunstall.DESIGNS), np.int32)
     place[list(self.designs)] = np.arange(len(self.designs))
     pick = lambda a: jax.lax.dynamic_index_in_dim(jnp.asarray(a), i, 0, keepdims=False)
     table = jnp.asarray(place)[pick(self.design)]
-    return i // (e // shards), pick(self.offsets), table, pick(self.levels)
+    offsets = pick(self.offsets)
+    shard = offsets[0] // np.uint32(size)
+    offsets = offsets - shard * np.uint32(size)
+    return (shard % np.uint32(shards)).astype(jnp.int32), offsets, table, pick(self.levels)
 
   def ternary_rows(self, i: jax.Array | int) -> jax.Array:
     """{-1, 0, 1} of one expert, int8 [f, d]; i may be traced."""

@@ -19,7 +19,8 @@ class TernaryV1(base.WeightNode):
   """Experts as QMoE stores them, the experts of a layer back to back.
 
   Attributes:
-    words: uint16 [w] codewords.
+    words: uint16 [w] codewords. They cannot be cut by expert: on a mesh every device holds them
+      all (`Ternary` is the format to split).
     row_offsets: uint32 [e, rows + 1] first word of each row in `words`.
     levels: bf16 or float32 [e, rows, 2], minimum and maximum of each quantised row.
     rows, cols: f and d. max_words: codewords of the longest expert.
@@ -113,6 +114,18 @@ class TernaryV1(base.WeightNode):
     parts = [self.matrix(i)[:2] for i in range(self.row_offsets.shape[0])]
     out = np.stack([qmoe_v1.decode(codes, rows, self.cols) for codes, rows in parts])
     return out[0] if self.single else out
+
+  def take(self, experts: Sequence[int] | np.ndarray, shards: int = 1) -> Self:
+    """The node of these experts, in this order (host arrays); it keeps all codewords."""
+    index = np.asarray(experts)
+    offsets = np.asarray(self.row_offsets)[index]
+    return dataclasses.replace(
+        self, row_offsets=offsets, levels=np.asarray(self.levels)[index],
+        max_words=int((offsets[:, -1].astype(np.int64) - offsets[:, 0]).max()),
+    )
+
+  def _splits(self, name: str, ways: int) -> bool:
+    return name != 'words'
 
   def _check_structure(self) -> None:
     e = self.row_offsets.shape[0]

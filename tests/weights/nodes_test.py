@@ -136,27 +136,92 @@ def test_casts_leave_nodes_alone(make):
 
 
 @each_node
-def test_specs_have_the_structure_of_the_node(make):
+def test_placed_on_a_mesh(make):
   node, values = make()
   mesh = sharding.make_mesh(MeshConfig(data=2, expert=2, tensor=1))
-  placed = jax.device_put(node, sharding.param_shardings({'w': node}, mesh)['w'])
+  placed = sharding.place({'a': {'w': node}}, mesh)['a']['w']
   assert np.array_equal(placed.dense(jnp.float32), values)
-  specs = jax.tree.leaves(node.specs(mesh), is_leaf=lambda s: isinstance(s, PartitionSpec))
-  assert len(specs) == len(jax.tree.leaves(node))
-  assert PartitionSpec('expert') in specs
+  lines = sharding.describe({'a': {'w': placed}}, mesh)
+  assert len(lines) == len(jax.tree.leaves(node)) and all(x.startswith('a/w/') for x in lines)
 
 
-def test_ternary_sharded_by_expert():
-  node, values = ternary()
+def whole_fields(specs):
+  """The arrays that every device holds whole."""
+  flat = jax.tree_util.tree_leaves_with_path(
+      specs, is_leaf=lambda s: isinstance(s, PartitionSpec)
+  )
+  assert all(s in (PartitionSpec('expert'), PartitionSpec()) for _, s in flat)
+  return {
+      jax.tree_util.keystr(k, simple=True, separator='.')
+      for k, s in flat if s == PartitionSpec()
+  }
+
+
+MIXED_PARTS = {
+    'parts.0.words', 'parts.0.offsets', 'parts.0.design', 'parts.0.levels',
+    'parts.1.words', 'parts.1.scale', 'parts.1.zero', 'parts.2',
+}
+
+
+@pytest.mark.parametrize('make, laid_out, as_stored', [
+    (ternary, set(), {'words'}),
+    (ternary_v1, {'words'}, {'words'}),
+    (lambda: packed(3), set(), set()),
+    (mixed, set(), MIXED_PARTS),
+], ids=['ternary', 'ternary_v1', 'packed', 'mixed'])
+def test_specs_split_what_can_be_cut_by_expert(make, laid_out, as_stored):
+  node, _ = make()
+  mesh = sharding.make_mesh(MeshConfig(data=2, expert=2, tensor=2))
+  assert whole_fields(node.sharded(2).specs(mesh)) == laid_out
+  assert whole_fields(node.specs(mesh)) == as_stored
+  odd = sharding.make_mesh(MeshConfig(data=1, expert=3, tensor=1))
+  assert len(whole_fields(node.specs(odd))) == len(jax.tree.leaves(node))
+
+
+@pytest.mark.parametrize('node_class', [weights.Ternary, weights.TernaryV1])
+def test_a_single_matrix_is_whole_everywhere(node_class):
+  node = node_class.from_symbols(ternary_symbols()[2], ternary_levels()[2])
+  mesh = sharding.make_mesh(MeshConfig(data=1, expert=2, tensor=1))
+  assert len(whole_fields(node.specs(mesh))) == len(jax.tree.leaves(node))
+  assert sharding.place_leaf('w', node, mesh).shape == (COLS, ROWS)
+
+
+@each_node
+def test_sharded_by_expert(make):
+  node, values = make()
+  sharded = node.sharded(2)
+  assert np.array_equal(jax.jit(lambda n: n.dense(jnp.float32))(sharded), values)
+  arrays = sharded.to_arrays()
+  again = type(node).from_arrays(sharded.static(), arrays)
+  assert jax.tree.structure(again) == jax.tree.structure(node)
+  assert {k: a.shape for k, a in arrays.items()} == {
+      k: a.shape for k, a in node.to_arrays().items()
+  }
+
+
+def test_ternary_in_shards():
+  node, _ = ternary()
   sharded = node.sharded(2)
   assert sharded.words.shape[0] == 2
   sharded.validate()
-  assert sharded.specs(sharding.make_mesh(MeshConfig(data=1, expert=2, tensor=1))).words == (
-      PartitionSpec('expert')
-  )
-  assert np.array_equal(sharded.dense(jnp.float32), values)
   assert np.array_equal(sharded.symbols(), ternary_symbols())
   assert np.array_equal(sharded.sharded(1).words, node.words)
+  assert np.array_equal(sharded.sharded(4).symbols(), ternary_symbols())
+  with pytest.raises(UserError, match='4 experts do not split into 3'):
+    node.sharded(3)
+  damaged = dataclasses.replace(sharded, offsets=sharded.offsets + np.uint32(1))
+  with pytest.raises(UserError, match='restore the file'):
+    damaged.validate()
+
+
+def test_taken_experts():
+  node, _ = ternary()
+  taken = node.take([2, 0, 2])
+  taken.validate()
+  assert taken.words.size < node.words.size and taken.designs != node.designs
+  assert np.array_equal(taken.symbols(), ternary_symbols()[[2, 0, 2]])
+  node, _ = ternary_v1()
+  assert np.array_equal(node.take([3, 1]).symbols(), node.symbols()[[3, 1]])
 
 
 @pytest.mark.parametrize('make', [ternary, ternary_v1, lambda: packed(3)])
