@@ -26,6 +26,7 @@ from moejax import account, files, store, tree, weights
 from moejax import config as config_lib
 from moejax.compress import activations, base, parts, sources
 from moejax.compress import samples as samples_lib
+from moejax.errors import UserError
 from moejax.model import Model
 
 FORMAT = 1
@@ -109,9 +110,11 @@ def compress(
       fit, an unwritable folder.
   """
   steps = transform.steps if isinstance(transform, base.Chain) else (transform,)
+  out = None if out_folder is None else Path(out_folder).absolute()
+  if out is not None:
+    _check_out(out, model)
   source = sources.open_source(model)
   data = samples_lib.collect(source.config, batches, validation_batches, sentinel=sentinel)
-  out = None if out_folder is None else Path(out_folder).absolute()
   origin = str(model) if isinstance(model, (str, Path)) else 'memory'
   report: dict[str, Any] = {
       'source': origin, 'steps': [], 'layers': [], 'before': account.of_source(source)
@@ -129,7 +132,7 @@ def compress(
   report['loss'] = result.report['loss']
   report['tokens'] = {s: data.calibration_tokens(s) for s in ('encoder', 'decoder')}
   if out is not None and work_root is not None:
-    _write_report(out, report)
+    files.write_json(out / 'report.json', report)
     shutil.rmtree(work_root)
   return dataclasses.replace(result, report=report)
 
@@ -171,13 +174,11 @@ def _peak_bytes() -> int:
   return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _write_report(out: Path, report: Mapping[str, Any]) -> None:
-  partial = out / '.report.json.partial'
-  try:
-    files.write_json(partial, report)
-    partial.rename(out / 'report.json')
-  except OSError as error:
-    raise files.os_error(out / 'report.json', error) from error
+def _check_out(out: Path, model: Model | str | Path) -> None:
+  """What would stop the last step must not wait for it."""
+  if not isinstance(model, Model) and out.resolve() == Path(model).resolve():
+    raise UserError(f'{out} is the model itself: name another folder to write to')
+  files.require_target(out)
 
 
 def _work_folder(out: Path, source: Any, steps: Sequence[base.Transform], data: Any) -> Path:

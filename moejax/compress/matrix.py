@@ -225,6 +225,8 @@ def quantize_matrices(
   """Quantizes the matrices `ids` of the weight at `path`, climbing bits where the error is over
   settings.max_error: the settings' bits, then 2, 3, 4, then bf16 as it was.
 
+  A row's errors are None where they overflow; such a matrix is over every bound.
+
   Args:
     w_edf: [e, d, f] in the weights' dtype. h_edd: undamped Hessians. tokens: [e], calibration
       tokens of each. settings, path, ids: see above.
@@ -252,7 +254,7 @@ def quantize_matrices(
     )
     kept = np.flatnonzero(good)
     for i in np.flatnonzero(~good).tolist():
-      tried[int(pending[i])].append({'bits': bits, 'relative_output_error': float(error[i])})
+      tried[int(pending[i])].append({'bits': bits, 'relative_output_error': _known(error[i])})
     if kept.size:
       part = _store(a, kept, [ids[int(j)] for j in pending], settings, dtype)
       out.append(part)
@@ -260,8 +262,8 @@ def quantize_matrices(
         j = int(pending[i])
         rows[j] = {
             'bits': bits, 'bits_per_weight': _bits(part.weight),
-            'zeros': _zeros(a, i, settings.group_size), 'relative_output_error': float(error[i]),
-            'error_before_refit': float(a.before[i] / total[j]),
+            'zeros': _zeros(a, i, settings.group_size), 'relative_output_error': _known(error[i]),
+            'error_before_refit': _known(a.before[i] / total[j]),
             'fallback': _fallback(tokens[j], bool(a.fallback[i]), settings),
             'grid_scale': float(a.grid_scale[i]), 'threshold': float(a.threshold[i]),
         }
@@ -284,6 +286,11 @@ def quantize_matrices(
       for j in range(e)
   )
   return Stored(parts=tuple(out), rows=table)
+
+
+def _known(error: Any) -> float | None:
+  """None where the inputs or weights are too large for float32 to tell."""
+  return float(error) if np.isfinite(error) else None
 
 
 def _zeros(a: _Attempt, i: int, group_size: int | None) -> float:

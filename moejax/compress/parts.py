@@ -132,7 +132,7 @@ def save_group(folder: Path, group: Group) -> None:
         os.fsync(f.fileno())
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
-  except OSError as error:
+  except (OSError, files.WriteError) as error:
     shutil.rmtree(partial, ignore_errors=True)
     raise files.os_error(folder, error) from error
 

@@ -20,7 +20,7 @@ SIZE_FIELDS = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerRow:
-  """One expert weight, its experts taken together: means over them."""
+  """One expert weight, its experts taken together: means over those that were measured."""
 
   path: str
   bits_per_weight: float
@@ -91,8 +91,8 @@ def merge_layers(rows: Sequence[Mapping[str, Any]]) -> tuple[LayerRow, ...]:
     groups.setdefault(row['path'], []).append(row)
 
   def mean(members, field):
-    values = [float(m.get(field) or 0.0) for m in members]
-    return math.fsum(values) / len(values)
+    values = [float(m[field]) for m in members if m.get(field) is not None]
+    return math.fsum(values) / len(values) if values else 0.0
 
   return tuple(
       LayerRow(
