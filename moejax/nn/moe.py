@@ -43,12 +43,10 @@ class Experts(nn.Module):
   @nn.compact
   def __call__(self, x_btd: jax.Array, routing: Routing) -> jax.Array:
     params: dict[str, Any] = ffn_params(self, self.config, (self.config.moe.num_experts,))
-    dropout = nn.Dropout(self.config.dropout_rate) if self.train and self.mesh is None else None
-    if dropout is not None:
-      inner = dropout
-      dropout = lambda h: inner(h, deterministic=False)
+    rate = self.config.dropout_rate if self.train else 0.0
     return moe.moe_ffn(
-        params, x_btd, routing, self.config.activation, mesh=self.mesh, dropout=dropout
+        params, x_btd, routing, self.config.activation, mesh=self.mesh, dropout_rate=rate,
+        dropout_key=self.make_rng('dropout') if rate > 0 else None,
     )
 
 

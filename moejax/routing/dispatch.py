@@ -71,13 +71,15 @@ def apply_experts(
     choice_mk: jax.Array,
     keep_mk: jax.Array,
     num_experts: int,
-    expert_fn: Callable[[jax.Array, jax.Array], jax.Array],
+    expert_fn: Callable[[jax.Array, jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-  """Runs expert_fn(x_sorted, group_sizes_e) on tokens sorted by expert.
+  """Runs expert_fn(x_sorted, group_sizes_e, pair) on tokens sorted by expert.
+
+  Sorted row i is the (token, choice) pair number pair[i] = token * k + choice.
 
   Returns each pair's output [m, k, d]; dropped pairs give 0 provided expert_fn gives 0 for rows
   past the last group.
   """
   order, inverse, group_sizes_e = sort_by_expert(choice_mk, keep_mk, num_experts)
-  y = expert_fn(permute(x_md, order, inverse), group_sizes_e)
+  y = expert_fn(permute(x_md, order, inverse), group_sizes_e, order)
   return unpermute(y, order, inverse).reshape(*choice_mk.shape, y.shape[-1])

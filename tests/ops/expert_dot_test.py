@@ -115,7 +115,7 @@ def test_expert_ffn_equals_each_expert_alone():
   choice = jax.random.randint(keys[4], (m, 2), 0, e)
   keep = jnp.arange(2 * m).reshape(m, 2) % 7 != 3
   y = dispatch.apply_experts(
-      x, choice, keep, e, lambda rows, sizes: ffn.expert_ffn(params, rows, sizes, 'gelu_new')
+      x, choice, keep, e, lambda rows, sizes, _: ffn.expert_ffn(params, rows, sizes, 'gelu_new')
   )
   for i in range(m):
     for j in range(2):
