@@ -4,21 +4,22 @@ Example:
   python -m experiments.compress --config configs/qmoe.py --model runs/sotu/model \
       --calibration 'experiments/data/sotu.tar.xz::sotu/19*.txt' --out runs/sotu/ternary
   python -m experiments.compress --config configs/qmoe.py:two_bit --set layers='decoder/.*' ...
+
+With --dry_run nothing is written or calibrated: a table and JSON say what the result will weigh.
+  python -m experiments.compress --config configs/qmoe.py --model switch-c-2048 --dry_run
 """
 
-import json
+import pathlib
 import sys
 from typing import Any
 
 from absl import flags
-import tqdm
 
 from experiments import flags as common
-from moejax import evaluate, files, store
-from moejax.compress import base, driver
+from moejax import account, errors, evaluate, files, presets, progress, store
+from moejax.compress import base, driver, predict
 from moejax.data import text
 from moejax.data import tokenizer as tokenizer_lib
-from moejax.errors import UserError
 
 common.define_config_flags()
 _MODEL = flags.DEFINE_string('model', None, 'Model folder that moejax wrote.')
@@ -27,6 +28,14 @@ _CALIBRATION = flags.DEFINE_multi_string(
 )
 _VALIDATION = flags.DEFINE_multi_string(
     'validation', [], 'Text that runs along for its loss only. Can be repeated.'
+)
+_DRY_RUN = flags.DEFINE_bool(
+    'dry_run', False, 'Only tell the size: of a folder, or of a published model given by its name.'
+)
+_ZERO_SHARE = flags.DEFINE_float(
+    'zero_share', account.ZERO_SHARE,
+    'For --dry_run: share of ternary weights that will be zero. The default is that of big trained '
+    'models; small ones have fewer.', lower_bound=0.0, upper_bound=1.0,
 )
 _OUT = flags.DEFINE_string('out', None, 'Folder to write.')
 _SAMPLES = flags.DEFINE_integer('samples', 2048, 'Calibration samples.', lower_bound=1)
@@ -44,19 +53,35 @@ def batches(
       source.config, evaluate.data_config(str(source.folder)), text.documents(patterns, flag),
       tokenizer, batch_size=1, name=flag,
   )
-  count = min(limit, made.num_samples)
-  show = tqdm.tqdm(range(count), desc=flag, disable=not sys.stderr.isatty())
-  return [made.batch(i * made.num_samples // count) for i in show]
+  spread = evaluate.spread(made, limit)
+  return list(progress.bar(spread, label=flag, total=min(limit, made.num_samples)))
+
+
+def dry_run(transform: base.Transform | base.Chain) -> None:
+  """Prints what --model, a folder or the name of a published model, will weigh."""
+  model: Any = str(_MODEL.value)
+  if not pathlib.Path(model).exists():
+    if model not in presets.PRESETS:
+      hint = errors.did_you_mean(model, presets.PRESETS)
+      raise errors.UserError(f'{model} is no folder and no published model{hint}')
+    model = presets.preset(model)
+  result = predict.dry_run(model, transform, zero_share=_ZERO_SHARE.value)
+  result['zero_share'] = _ZERO_SHARE.value
+  print(predict.table(result), file=sys.stderr, flush=True)
+  print(files.json_text(result, indent=2))
 
 
 def main() -> None:
-  common.require('config', 'model', 'out')
-  values = flags.FLAGS
-  if not _CALIBRATION.value:
-    raise UserError('--calibration is missing; see --help')
-  transform: Any = common.load_config(values.config, values.set)
+  common.require('config', 'model')
+  transform: Any = common.load_config(flags.FLAGS.config, flags.FLAGS.set)
   if not isinstance(transform, base.Transform | base.Chain):
-    raise UserError(f'{values.config} holds no compression; try configs/qmoe.py')
+    raise errors.UserError(f'{flags.FLAGS.config} holds no compression; try configs/qmoe.py')
+  if _DRY_RUN.value:
+    dry_run(transform)
+    return
+  common.require('out')
+  if not _CALIBRATION.value:
+    raise errors.UserError('--calibration is missing; see --help')
   folder = files.require_folder(str(_MODEL.value))
   source = store.Source(folder, verify=True)
   tokenizer = tokenizer_lib.load(str(folder))
@@ -66,7 +91,7 @@ def main() -> None:
   )
   result = driver.compress(
       folder, transform, calibration, _OUT.value, validation_batches=validation,
-      sentinel=source.config.vocab_size - tokenizer.num_sentinels, progress=sys.stderr.isatty(),
+      sentinel=source.config.vocab_size - tokenizer.num_sentinels, progress=True,
   )
   report = result.report
   summary = {
@@ -76,7 +101,7 @@ def main() -> None:
       'matrices': len(report['layers']),
       'rounded_instead': sum(bool(row.get('fallback')) for row in report['layers']),
   }
-  print(json.dumps(summary, indent=2))
+  print(files.json_text(summary, indent=2))
 
 
 if __name__ == '__main__':

@@ -5,12 +5,10 @@ Example:
   python -m experiments.convert --source switch-base-8 --out for-transformers --format hf
 """
 
-import sys
-
 from absl import flags
-import tqdm
 
 from experiments import flags as flags_lib
+from moejax import progress
 from moejax.convert import folder
 
 _SOURCE = flags.DEFINE_string('source', None, 'Folder to read: Hugging Face or moejax.')
@@ -23,15 +21,13 @@ _DTYPE = flags.DEFINE_enum(
 )
 
 
-def _progress(items, total):
-  return tqdm.tqdm(items, total=total, unit='tensor', disable=not sys.stderr.isatty())
-
-
 def main() -> None:
   flags_lib.require('source', 'out')
   config = folder.convert_folder(
       str(_SOURCE.value), str(_OUT.value), format=_FORMAT.value, dtype=_DTYPE.value,
-      progress=_progress,
+      progress=lambda items, total: progress.bar(
+          items, label='convert', total=total, unit='tensor'
+      ),
   )
   print(f'{_OUT.value}: {config.family}, {config.num_layers} + {config.num_decoder_layers} layers')
 

@@ -7,8 +7,6 @@ Example:
       --data 'experiments/data/sotu.tar.xz::sotu/???0_*.txt' --against runs/other/model
 """
 
-from collections.abc import Callable
-import sys
 import time
 from typing import Any
 
@@ -16,12 +14,11 @@ from absl import flags
 
 from experiments import flags as common
 from moejax import config as config_lib
-from moejax import evaluate, files
+from moejax import evaluate, files, progress
 from moejax import model as model_lib
 from moejax.data import batches as batches_lib
 from moejax.data import text
 from moejax.data import tokenizer as tokenizer_lib
-from moejax.evaluate import samples
 
 _MODEL = flags.DEFINE_string('model', None, 'Model folder.')
 _DATA = flags.DEFINE_multi_string('data', [], 'Text to measure on. Can be repeated.')
@@ -42,23 +39,6 @@ _EXAMPLES = flags.DEFINE_integer(
     lower_bound=0,
 )
 _OUT = flags.DEFINE_string('out', None, 'Also write the JSON to this file.')
-
-
-def progress_line(label: str, total: int) -> Callable[[int], None]:
-  """Prints how far a loop is and the time left: in place on a terminal, else now and then."""
-  start, state = time.monotonic(), {'next': 5.0}
-
-  def show(done: int) -> None:
-    seconds = time.monotonic() - start
-    left = seconds / done * (total - done)
-    if sys.stderr.isatty():
-      end = '\n' if done == total else ''
-      print(f'\r{label} {done}/{total}  {left:4.0f} s left', end=end, file=sys.stderr, flush=True)
-    elif seconds > state['next']:
-      state['next'] = seconds + 15.0
-      print(f'{label} {done}/{total}  {left:4.0f} s left', file=sys.stderr, flush=True)
-
-  return show
 
 
 def data_for(*folders: str) -> config_lib.DataConfig:
@@ -91,13 +71,13 @@ def measure(folder: str, against: str | None) -> dict[str, Any]:
       text.documents(_DATA.value, '--data'), tokenizer, batch_size=_BATCH_SIZE.value,
       name='--data',
   )
-  rows = list(samples.spread(batches, _MAX_BATCHES.value))
+  rows = list(evaluate.spread(batches, _MAX_BATCHES.value))
   sentinels = tokenizer.num_sentinels
 
   def run(params, label, other=None, examples=0):
     return evaluate.evaluate(
-        model_lib.Model(model.config, params), rows, num_sentinels=sentinels, against=other,
-        examples=examples, progress=progress_line(label, len(rows)),
+        model_lib.Model(model.config, params), progress.bar(rows, label=label, unit='batch'),
+        num_sentinels=sentinels, against=other, examples=examples,
     )
 
   start = time.monotonic()

@@ -20,10 +20,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from moejax import account, files, store, tree, weights
 from moejax import config as config_lib
+from moejax import progress as progress_lib
 from moejax.compress import activations, base, parts, sources
 from moejax.compress import samples as samples_lib
 from moejax.errors import UserError
@@ -251,7 +251,7 @@ class _Walk:
     self.loss: float | None = None
     self._memory: dict[str, list[parts.Group]] = {}
     layers = config.num_layers + config.num_decoder_layers
-    self._bar = tqdm(total=layers, desc=step.name, disable=not progress, unit='layer')
+    self._bar = progress_lib.bar(total=layers, label=step.name, unit='layer', show=progress)
 
   def groups(self, path: str):
     """The finished groups of a layer, from memory or, one at a time, from disk."""

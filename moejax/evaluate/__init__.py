@@ -10,7 +10,13 @@ from moejax.evaluate.metrics import (
     routing_health,
     without_experts,
 )
-from moejax.evaluate.samples import data_config, example_pieces, fixed_batches, previous_tokens
+from moejax.evaluate.samples import (
+  data_config,
+  example_pieces,
+  fixed_batches,
+  previous_tokens,
+  spread,
+)
 
 __all__ = [
     'Bigram',
@@ -24,5 +30,6 @@ __all__ = [
     'loss_sums',
     'previous_tokens',
     'routing_health',
+    'spread',
     'without_experts',
 ]

@@ -4,7 +4,7 @@
 those are nearly free to predict and hide the differences that matter.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 import functools
 from typing import Any
 
@@ -19,7 +19,6 @@ from moejax.errors import UserError
 from moejax.train import step as step_lib
 
 Batch = Mapping[str, Any]
-Progress = Callable[[int], None]
 
 
 def forward(
@@ -145,7 +144,6 @@ def evaluate(
     against: model_lib.Model | None = None,
     dtype: Any = jnp.float32,
     examples: int = 0,
-    progress: Progress = lambda done: None,
 ) -> dict[str, Any]:
   """Means over batches, as JSON values; losses in nats a token.
 
@@ -156,7 +154,6 @@ def evaluate(
     against: a model to compare with on the same batches.
     dtype: of the activations.
     examples: rows of the first batch to return with the model's guesses.
-    progress: called with the number of batches done.
 
   Returns:
     {'loss', 'accuracy', 'targets', 'content_loss', 'content_accuracy', 'content_targets',
@@ -175,12 +172,11 @@ def evaluate(
   reference = None if against is None else against.params
   sums: dict[str, Any] | None = None
   rows: list[dict[str, Any]] = []
-  for done, batch in enumerate(batches, 1):
+  for batch in batches:
     new, guesses = jax.device_get(step(model.params, reference, dict(batch)))
     rows = rows or examples_of(batch, guesses, model.config.pad_id, examples)
     new = {name: np.asarray(value, np.float64) for name, value in new.items()}
     sums = new if sums is None else {name: sums[name] + new[name] for name in sums}
-    progress(done)
   if sums is None:
     raise UserError('nothing to evaluate on: the text gives no batch; give a longer text')
   return {**_means(sums), **({'examples': rows} if rows else {})}

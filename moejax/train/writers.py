@@ -13,7 +13,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
-from moejax import files
+from moejax import files, progress
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,15 +27,6 @@ class Record:
 
 
 Hook = Callable[[Record], None]
-
-
-def clock(seconds: float) -> str:
-  """1h02m, 3m20s or 12s."""
-  seconds = int(max(seconds, 0))
-  hours, minutes = seconds // 3600, seconds // 60 % 60
-  if hours:
-    return f'{hours}h{minutes:02}m'
-  return f'{minutes}m{seconds % 60:02}s' if minutes else f'{seconds}s'
 
 
 class Terminal:
@@ -61,11 +52,11 @@ class Terminal:
     shown = self._TRAIN if record.kind == 'train' else self._EVAL
     parts = [text.format(record.metrics[n]) for n, text in shown if n in record.metrics]
     done = record.step / max(record.total_steps, 1)
-    bar = '█' * round(12 * done) + '·' * (12 - round(12 * done))
-    line = f'{bar} {record.kind:5} {record.step}/{record.total_steps}  ' + '  '.join(parts)
+    place = f'{record.kind:5} {record.step}/{record.total_steps}'
+    line = '  '.join([f'{progress.blocks(done)} {place}', *parts])
     if self._first is not None and record.step > self._first[0]:
       speed = (now - self._first[1]) / (record.step - self._first[0])
-      line += f'  left {clock(speed * (record.total_steps - record.step))}'
+      line += f'  left {progress.clock(speed * (record.total_steps - record.step))}'
     if self._first is None:
       self._first = (record.step, now)
     print(line, file=self._stream, flush=True)

@@ -9,7 +9,8 @@ import sys
 import jax
 import pytest
 
-from moejax import weights
+import moejax
+from moejax import compress, weights
 from moejax.config import ModelConfig, MoeConfig
 from moejax.data import tokenizer as tokenizer_lib
 from moejax.model import Model
@@ -52,6 +53,30 @@ def test_compress_text(folder):
   experts = Model.load(folder / 'out').params
   assert isinstance(experts['decoder']['layers_1']['ffn']['experts']['wi'], weights.Packed)
   assert not isinstance(experts['encoder']['layers_1']['ffn']['experts']['wi'], weights.Packed)
+
+
+@pytest.mark.parametrize('model', ['switch-c-2048', None])
+def test_dry_run_writes_nothing(folder, model):
+  before = sorted(folder.rglob('*'))
+  done = run(
+      '--config', 'configs/qmoe.py', '--model', model or folder / 'model', '--dry_run',
+      '--out', folder / 'dry', '--zero_share', 0.885,
+  )
+  assert done.returncode == 0, done.stderr
+  result = json.loads(done.stdout)
+  size = result['after']['stored_bytes']
+  named = moejax.preset(model) if model else folder / 'model'
+  expected = compress.dry_run(named, moejax.quantize())
+  assert result == {**expected, 'zero_share': 0.885}
+  assert sum(result['after']['bytes_by_part'].values()) == size
+  assert {row['form'] for row in result['layers']} == {'Ternary'}
+  assert any(x.startswith('experts') and 'B' in x for x in done.stderr.splitlines())
+  assert sorted(folder.rglob('*')) == before
+
+
+def test_dry_run_of_an_unknown_model(folder):
+  done = run('--config', 'configs/qmoe.py', '--model', 'switch-c-2408', '--dry_run')
+  assert done.returncode == 2 and "did you mean 'switch-c-2048'" in done.stderr
 
 
 @pytest.mark.parametrize('change,message', [

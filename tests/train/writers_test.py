@@ -105,7 +105,3 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
   for make in (writers.JsonLines, writers.TensorBoard):
     with pytest.raises(errors.UserError, match=f'cannot write {tmp_path / "file" / "x"}'):
       make(tmp_path / 'file' / 'x')
-
-
-def test_the_clock():
-  assert [writers.clock(s) for s in (5, 65, 3725)] == ['5s', '1m05s', '1h02m']
