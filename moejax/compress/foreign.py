@@ -11,8 +11,9 @@ capture)` runs the model as always and, next to each expert matrix, reports the 
 
 `capture` is called while `apply_fn` runs in Python (outside jit) with concrete arrays. A rule names
 the leaves and how their axes lie. Leaves are compressed in the order in which the first batch
-reports them; each sees the inputs that the compressed ones before it produce, so apply_fn runs once
-more for each.
+reports them, each from the inputs that the compressed ones before it produce, and a leaf by groups
+of `expert_group` experts, so that Hessians exist for one group only. apply_fn runs over the batches
+once more for each group: a larger group is faster, a smaller one takes less memory.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -69,72 +70,72 @@ class TreeResult:
 
 
 class _Grams:
-  """Sums X^T X of the wanted leaves, expert by expert, as `capture` is called."""
+  """Sums X^T X of a group of experts of one leaf as `capture` is called."""
 
   def __init__(self, leaves: Mapping[str, tuple[int, int]]):
     """leaves: path -> (experts, inputs), every leaf under a rule."""
     self._leaves = leaves
-    self.seen: list[str] = []
-    self.wanted: set[str] = set()
-    self.grams: dict[str, np.ndarray] = {}
-    self.tokens: dict[str, np.ndarray] = {}
+    self.seen: dict[str, None] = {}
+    self._path: str | None = None
+    self._experts = range(0)
 
-  def start(self, wanted: Iterable[str]) -> None:
-    self.wanted, self.seen = set(wanted), []
-    self.grams = {p: np.zeros((e, d, d), np.float32)
-                  for p, (e, d) in self._leaves.items() if p in self.wanted}
-    self.tokens = {p: np.zeros(len(g), np.int64) for p, g in self.grams.items()}
+  def start(self, path: str, experts: range) -> None:
+    """From now on for these experts of one leaf; what was summed before is let go."""
+    inputs = self._leaves[path][1]
+    self._path, self._experts = path, experts
+    self.grams = np.zeros((len(experts), inputs, inputs), np.float32)
+    self.tokens = np.zeros(len(experts), np.int64)
 
-  def _check(self, path: str, x: Any) -> np.ndarray:
+  def _wants(self, path: str, x: Any) -> bool:
     if path not in self._leaves:
       raise UserError(
           f'capture({path!r}): no rule names this leaf{did_you_mean(path, self._leaves)}'
       )
     if isinstance(x, jax.core.Tracer):
       raise UserError(f'capture({path!r}) was called under jit: call apply_fn without jax.jit')
-    x = np.asarray(x, np.float32)
     inputs = self._leaves[path][1]
-    if x.shape[-1] != inputs:
-      raise UserError(f'capture({path!r}): input has shape {x.shape}, the leaf takes {inputs}')
-    if path not in self.seen:
-      self.seen.append(path)
-    return x
+    if np.shape(x)[-1:] != (inputs,):
+      raise UserError(
+          f'capture({path!r}): input has shape {np.shape(x)}, the leaf takes {inputs}'
+      )
+    self.seen.setdefault(path)
+    return path == self._path
 
-  def _add(self, path: str, expert: int, x_md: np.ndarray) -> None:
+  def _add(self, expert: int, x_md: np.ndarray) -> None:
+    place = expert - self._experts.start
     for chunk in matrix.chunks(x_md):
-      self.grams[path][expert] += np.asarray(hessian_core.gram(chunk))
-    self.tokens[path][expert] += len(x_md)
+      self.grams[place] += np.asarray(hessian_core.gram(chunk))
+    self.tokens[place] += len(x_md)
 
   def __call__(self, path, x_md, expert_mk=None, mask_m=None) -> None:
-    x = self._check(path, x_md)
-    if path not in self.wanted:
+    if not self._wants(path, x_md):
       return
     experts = self._leaves[path][0]
-    x = x.reshape(-1, x.shape[-1])
+    x = np.asarray(x_md, np.float32).reshape(-1, np.shape(x_md)[-1])
     chosen = np.zeros((len(x), 1), int) if expert_mk is None else (
         np.asarray(expert_mk).reshape(len(x), -1)
     )
     if chosen.size and (chosen.min() < -1 or chosen.max() >= experts):
       raise UserError(f'capture({path!r}): expert {chosen.max()} of {experts}; -1 means none')
     keep = np.ones(len(x), bool) if mask_m is None else np.asarray(mask_m, bool).reshape(-1)
-    for expert in range(experts):
+    for expert in self._experts:
       rows = (chosen == expert).any(1) & keep
       if rows.any():
-        self._add(path, expert, x[rows])
+        self._add(expert, x[rows])
 
   def dense(self, path, x_ecd, mask_ec=None) -> None:
     """Tokens already dispatched: row c of expert e, where the mask says so."""
-    x = self._check(path, x_ecd)
-    if path not in self.wanted:
+    if not self._wants(path, x_ecd):
       return
-    if x.shape[0] != self._leaves[path][0]:
+    if len(x_ecd) != self._leaves[path][0]:
       raise UserError(
-          f'capture.dense({path!r}): {x.shape[0]} experts, the leaf has {self._leaves[path][0]}'
+          f'capture.dense({path!r}): {len(x_ecd)} experts, the leaf has {self._leaves[path][0]}'
       )
-    for expert, rows in enumerate(x):
-      kept = rows if mask_ec is None else rows[np.asarray(mask_ec, bool)[expert]]
+    for expert in self._experts:
+      rows = np.asarray(x_ecd[expert], np.float32)
+      kept = rows if mask_ec is None else rows[np.asarray(mask_ec[expert], bool)]
       if len(kept):
-        self._add(path, expert, kept)
+        self._add(expert, kept)
 
 
 def _path(keys: Sequence[Any]) -> str:
@@ -167,8 +168,9 @@ def compress_tree(
     rules: which leaves; the first rule that matches a path counts.
     apply_fn: see the module; its result is not looked at.
     batches: calibration, whatever apply_fn takes; iterated many times, so kept in a list.
-    transform: from `quantize`; its masks and cap are for moejax models and play no part here.
-    sequential: calibrate each leaf behind the compressed ones; False runs apply_fn once a batch.
+    transform: from `quantize`; its expert_group bounds the memory. Its masks and cap are for moejax
+      models and play no part here.
+    sequential: calibrate each leaf behind the compressed ones; False: on the params as they were.
 
   The new params hold arrays of the old dtype, made from the stored levels and symbols, so that
   any function takes them; `nodes` holds what to store.
@@ -188,30 +190,32 @@ def compress_tree(
   if not samples:
     raise UserError('calibration has no batch: give at least one')
 
-  def run(wanted, count=None):
-    grams.start(wanted)
-    tree = jax.tree_util.tree_unflatten(structure, [values[p] for p in paths])
-    for batch in samples[:count]:
+  def run(params, batches):
+    tree = jax.tree_util.tree_unflatten(structure, [params[p] for p in paths])
+    for batch in batches:
       apply_fn(tree, batch, grams)
 
-  run((), 1)
+  run(values, samples[:1])
   order = list(grams.seen)
   silent = sorted(set(axes) - set(order))
   if silent:
     raise UserError(f'apply_fn never called capture({silent[0]!r}, ...), which a rule names')
   nodes: dict[str, Any] = {}
   rows: list[dict[str, Any]] = []
-  if not sequential:
-    run(order)
-    stats = {p: (grams.grams[p], grams.tokens[p]) for p in order}
+  seen = values if sequential else dict(values)
   for path in order:
-    if sequential:
-      run([path])
-      stats = {path: (grams.grams[path], grams.tokens[path])}
-    gram, tokens = stats[path]
-    made = _quantize_leaf(_forward(values[path], axes[path]), gram, tokens, transform, path)
-    nodes[path] = parts.join(made.parts)
-    rows.extend({'transform': transform.name, **row} for row in made.rows)
+    w_edf = _forward(values[path], axes[path])
+    found: list[parts.Part] = []
+    for start in range(0, len(w_edf), transform.expert_group):
+      ids = range(start, min(start + transform.expert_group, len(w_edf)))
+      grams.start(path, ids)
+      run(seen, samples)
+      h = hessian_core.scale_gram(jnp.asarray(grams.grams), grams.tokens)
+      own = w_edf[ids.start : ids.stop]
+      made = matrix.quantize_matrices(own, h, grams.tokens, transform.matrix, path, ids)
+      found.extend(made.parts)
+      rows.extend({'transform': transform.name, **row} for row in made.rows)
+    nodes[path] = parts.join(found)
     dense = _backward(parts.dense(nodes[path]), axes[path])
     values[path] = jnp.asarray(dense, np.asarray(values[path]).dtype)
   tree = jax.tree_util.tree_unflatten(structure, [values[p] for p in paths])
@@ -236,16 +240,3 @@ def _match(rules: Sequence[ExpertRule], values: Mapping[str, Any]) -> dict[str, 
   if not axes:
     raise UserError('no rules: name the leaves that hold experts')
   return axes
-
-
-def _quantize_leaf(w_edf, gram, tokens, transform, path) -> matrix.Stored:
-  found: list[parts.Part] = []
-  rows: list[dict[str, Any]] = []
-  for start in range(0, len(w_edf), transform.expert_group):
-    ids = range(start, min(start + transform.expert_group, len(w_edf)))
-    at = slice(ids.start, ids.stop)
-    h = hessian_core.scale_gram(jnp.asarray(gram[at]), tokens[at])
-    made = matrix.quantize_matrices(w_edf[at], h, tokens[at], transform.matrix, path, ids)
-    found.extend(made.parts)
-    rows.extend(made.rows)
-  return matrix.Stored(parts=tuple(found), rows=tuple(rows))
