@@ -6,15 +6,21 @@ A source is a file, a glob, or `archive::glob` for members of a .tar, .tar.gz, .
 from collections.abc import Iterator, Sequence
 import fnmatch
 import glob
+import lzma
 import os
 import pathlib
 import tarfile
 import zipfile
+import zlib
 
 from moejax import errors
 
 _PROBE_BYTES = 1 << 20
 _TAR_ENDINGS = ('.tar', '.tar.gz', '.tgz', '.tar.bz2', '.tar.xz')
+_BROKEN_ARCHIVE = (
+    tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError,
+    RuntimeError,  # a zip with a password
+)
 
 
 def documents(sources: Sequence[str], field: str = 'data.train_files') -> Iterator[str]:
@@ -65,9 +71,13 @@ def _file_documents(files: list[str]) -> Iterator[str]:
   )
   try:
     for row in stream:
+      if '\0' in row['text']:
+        raise UnicodeError('a binary file')
       yield row['text']
-  except UnicodeDecodeError as error:
-    raise errors.UserError(f'one of {files[0]} ... is not UTF-8 text: {error.reason}') from error
+  except UnicodeError:
+    for file in files:  # past the probe, and the stream does not tell in which file
+      check_text(pathlib.Path(file).read_bytes(), file)
+    raise
 
 
 def _archive_documents(source: str, field: str) -> Iterator[str]:
@@ -105,14 +115,19 @@ def _archive_members(path: str, pattern: str) -> Iterator[tuple[str, bytes]]:
     elif path.endswith(_TAR_ENDINGS):
       with tarfile.open(path) as archive:
         members = {m.name: m for m in archive.getmembers() if m.isfile()}
+        while archive.fileobj is not None and archive.fileobj.read(_PROBE_BYTES):
+          pass  # a checksum stands at the very end
         for name in sorted(fnmatch.filter(members, pattern)):
           stream = archive.extractfile(members[name])
           if stream is not None:
             yield name, stream.read()
     else:
       raise errors.UserError(f'{path}: unknown archive type; use one of {_TAR_ENDINGS} or .zip')
-  except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError) as error:
-    raise errors.UserError(f'{path} is not a whole archive: {error}') from error
+  except _BROKEN_ARCHIVE as error:
+    reason = str(error).partition('\n')[0].rstrip(':')
+    raise errors.UserError(
+        f'{path} is not a whole, plain archive ({reason}): restore or download it again'
+    ) from error
 
 
 def check_text(content: bytes, name: str, whole: bool = True) -> None:
@@ -121,9 +136,9 @@ def check_text(content: bytes, name: str, whole: bool = True) -> None:
   Args:
     content: the file, or its beginning.
     name: what to call it in the message.
-    whole: False lets a UTF-8 character be cut at the end.
+    whole: False lets it begin with blanks only, and a UTF-8 character be cut at the end.
   """
-  if not content.strip():
+  if whole and not content.strip():
     raise errors.UserError(f'{name} is empty; remove it from the list of text files')
   if b'\0' in content:
     raise errors.UserError(f'{name} is a binary file, not text; remove it from the list')

@@ -37,9 +37,44 @@ def test_archive_members_match_a_glob(folder):
   assert list(text.documents([f'{tar}::data/[b]*'])) == want[1:]
   with pytest.raises(errors.UserError, match=r"no member of .*x\.tgz matches 'data/\*\.md'"):
     list(text.documents([f'{tar}::data/*.md']))
-  tar.write_bytes(tar.read_bytes()[:60])
-  with pytest.raises(errors.UserError, match=r'x\.tgz is not a whole archive'):
-    list(text.documents([f'{tar}::data/*.txt']))
+
+
+def archive(folder, ending):
+  """An archive of one long member, by the way its name ends."""
+  file = folder / f'x{ending}'
+  long = np.random.default_rng(0).integers(97, 123, 50_000, dtype=np.uint8).tobytes()
+  (folder / 'long').write_bytes(long)
+  if ending == '.zip':
+    with zipfile.ZipFile(file, 'w', zipfile.ZIP_DEFLATED) as out:
+      out.write(folder / 'long', 'data/a.txt')
+  else:
+    with tarfile.open(file, f'w:{ending.rpartition(".")[2].replace("tgz", "gz")}') as out:
+      out.add(folder / 'long', 'data/a.txt')
+  return file
+
+
+@pytest.mark.parametrize('ending', ['.tgz', '.tar.xz', '.tar.bz2', '.zip'])
+@pytest.mark.parametrize('damage', [
+    lambda data: data[:60], lambda data: data[: len(data) // 2], lambda data: b'hello',
+    lambda data: data[:9000] + bytes(99) + data[9099:],
+], ids=['beginning', 'half', 'no archive', 'zeros inside'])
+def test_a_broken_archive_is_named(folder, ending, damage):
+  file = archive(folder, ending)
+  assert len(list(text.documents([f'{file}::data/*.txt']))) == 1
+  file.write_bytes(damage(file.read_bytes()))
+  with pytest.raises(errors.UserError, match=rf'x\{ending} is not a whole, plain archive') as error:
+    list(text.documents([f'{file}::data/*.txt']))
+  assert '\n' not in str(error.value)
+
+
+def test_an_archive_with_a_password_is_named(folder):
+  file = archive(folder, '.zip')
+  data = bytearray(file.read_bytes())
+  data[6] |= 1  # the flags of the member and of its entry in the directory
+  data[data.index(b'PK\x01\x02') + 8] |= 1
+  file.write_bytes(data)
+  with pytest.raises(errors.UserError, match=r'x\.zip is not a whole, plain archive .*password'):
+    list(text.documents([f'{file}::*']))
 
 
 @pytest.mark.parametrize(
@@ -53,6 +88,24 @@ def test_bad_files_are_named(folder, content, reason):
   (folder / 'bad.txt').write_bytes(content)
   with pytest.raises(errors.UserError, match=rf'bad\.txt {reason}'):
     list(text.documents([f'{folder}/*.txt']))
+
+
+@pytest.mark.parametrize(
+    'content, reason',
+    [
+        (b'caf\xe9 noir et blanc', r'is not UTF-8 text \(byte 2097152\)'),
+        (b'\0\0', 'is a binary file'),
+    ],
+)
+def test_bad_bytes_far_into_a_file_name_it(folder, content, reason):
+  prose = b'Plain words. ' * (2 ** 21 // 13 + 1)
+  (folder / 'b.txt').write_bytes(prose[: 2 ** 21 - 3] + content)
+  (folder / 'c.txt').write_bytes(prose)
+  read = text.documents([f'{folder}/*.txt'])
+  assert next(read).startswith('First file')
+  with pytest.raises(errors.UserError, match=rf'/b\.txt {reason}') as error:
+    list(read)
+  assert '\n' not in str(error.value)
 
 
 def test_a_missing_file_suggests_the_nearest(folder):
