@@ -2,7 +2,7 @@
 
 Continues the shipped checkpoint for two minutes on the State of the Union speeches, compresses its
 experts, reloads every result in a fresh process, measures it on the test years, prints a table and
-writes report.html. Steps are kept in the workdir; a killed run goes on where it was.
+writes report.html and report.png. Steps are kept in the workdir; a killed run goes on where it was.
 
 Example:
   python -m experiments.demo --workdir runs/demo
@@ -240,7 +240,7 @@ def main() -> None:
   files.require_writable(settings.workdir / 'report.html')
   values = run(settings)
   files.write_json(settings.workdir / 'steps' / 'demo.json', {'seconds': time.monotonic() - start})
-  page = report.write(values, settings.workdir)
+  page = report.write(values, settings.workdir, picture=True)
   print('\nloss: nats a hidden word of the test years; bits/weight: of the experts, all counted; '
         'agreement: same first guess as bf16\n')
   print(table(values))

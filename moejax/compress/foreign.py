@@ -212,7 +212,8 @@ def compress_tree(
       run(seen, samples)
       h = hessian_core.scale_gram(jnp.asarray(grams.grams), grams.tokens)
       own = w_edf[ids.start : ids.stop]
-      made = matrix.quantize_matrices(own, h, grams.tokens, transform.matrix, path, ids)
+      tokens = grams.tokens.tolist()
+      made = matrix.quantize_matrices(own, h, tokens, transform.matrix, path, ids)
       found.extend(made.parts)
       rows.extend({'transform': transform.name, **row} for row in made.rows)
     nodes[path] = parts.join(found)

@@ -15,6 +15,12 @@ PARTS = (
     ('other', 'router, norms', 'p4'),
 )
 
+# Losses to hold a model against: (name in `Report.baselines`, what the pictures call it).
+BASELINES = (
+    ('bigram_content_loss', 'guessing from the word before'),
+    ('zeroed_experts_content_loss', 'experts switched off'),
+)
+
 
 def colour(report: Report, variant: Variant) -> str:
   """The CSS class of a variant: c0 for the uncompressed model, then c1, c2 ..."""
@@ -44,13 +50,7 @@ def loss_against_bits(report: Report) -> str:
   if not shown:
     picture.text(WIDTH / 2, height / 2, 'not measured', 'label', 'middle')
     return picture.render()
-  lines = [
-      (name, report.baselines[key])
-      for key, name in (
-          ('bigram_content_loss', 'guessing from the word before'),
-          ('zeroed_experts_content_loss', 'experts switched off'),
-      ) if key in report.baselines
-  ]
+  lines = [(name, report.baselines[key]) for key, name in BASELINES if key in report.baselines]
   losses: list[float] = [float(v.loss or 0.0) for v in shown] + [float(u) for _, u in lines]
   bits_shown = [float(v.bits or 1.0) for v in shown]
   low, high = min(losses), max(losses)

@@ -65,6 +65,7 @@ def test_it_compares_all_rows(finished):
   for v in values['variants']:
     assert v['name'] in done.stdout
     assert f'{v["evaluation"]["content_loss"]:.3f}' in done.stdout
+  assert (workdir / 'report.png').read_bytes().startswith(b'\x89PNG')
   page = (workdir / 'report.html').read_text()
   assert 'QMoE searched grid' in page and 'http' not in page
 
