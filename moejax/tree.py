@@ -1,4 +1,4 @@
-"""Params as nested dicts with 'a/b/c' paths: flatten, rewrite, rules, casts that spare nodes."""
+"""Params as nested dicts with 'a/b/c' paths: flatten, replace, rules, casts that spare nodes."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import re
@@ -68,20 +68,6 @@ def first_match(rules: Sequence[tuple[str, V]], path: str) -> V:
 def map_paths(fn: Callable[[str, Any], Any], params: Mapping[str, Any]) -> dict[str, Any]:
   """Applies fn(path, leaf) to every leaf, weight nodes taken whole."""
   return unflatten({path: fn(path, leaf) for path, leaf in flatten(params).items()})
-
-
-def rewrite(
-    params: Mapping[str, Any], rules: Sequence[tuple[str, Callable[[Any], Any]]]
-) -> dict[str, Any]:
-  """Replaces each leaf by the first matching rule's function of it; others stay."""
-
-  def change(path, leaf):
-    for pattern, fn in rules:
-      if re.fullmatch(pattern, path):
-        return fn(leaf)
-    return leaf
-
-  return map_paths(change, params)
 
 
 def is_array(leaf: Any) -> bool:

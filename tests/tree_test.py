@@ -34,11 +34,6 @@ def test_first_match_and_no_match():
     tree.first_match([('a/.*', 1)], 'b')
 
 
-def test_rewrite_changes_only_what_matches():
-  changed = tree.rewrite(PARAMS, [('.*/wi', lambda x: x + 1)])
-  assert changed['a']['wi'][0, 0] == 2 and changed['a']['codes'] is PARAMS['a']['codes']
-
-
 def test_cast_floats_spares_codes():
   cast = tree.cast_floats(jax.tree.map(jnp.asarray, PARAMS), jnp.bfloat16)
   assert cast['a']['wi'].dtype == jnp.bfloat16

@@ -9,7 +9,6 @@ import shutil
 from typing import Any
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from moejax import files, safetensors_io, weights
@@ -204,6 +203,3 @@ def _shift(words: Sequence[Any], offsets: Sequence[Any]) -> tuple[np.ndarray, np
     raise UserError(f'{starts[-1]} codewords in one weight; 32-bit offsets hold 2^31')
   moved = [np.asarray(o) + np.uint32(s) for o, s in zip(offsets, starts)]
   return np.concatenate(words), np.concatenate(moved).astype(np.uint32)
-
-
-BFLOAT16 = ml_dtypes.bfloat16

@@ -5,22 +5,20 @@ import jax.numpy as jnp
 
 
 def load_balance_loss(
-    probs_bte: jax.Array, choice_bt: jax.Array, weight_bt: jax.Array, per_sequence: bool = False
+    probs_bte: jax.Array, choice_bt: jax.Array, weight_bt: jax.Array
 ) -> jax.Array:
   """Load-balancing loss, e * sum_e f_e P_e (Switch, arXiv 2101.03961, eq. 4-6, without alpha).
 
   f_e is the share of tokens whose arg-max is expert e, P_e the mean router probability. Tokens of
-  weight 0 (padding) count in neither. With `per_sequence` both are taken over each sequence and
-  the losses averaged, as Hugging Face does.
+  weight 0 (padding) count in neither.
   """
   num_experts = probs_bte.shape[-1]
   mask_bte = jax.nn.one_hot(choice_bt, num_experts, dtype=jnp.float32) * weight_bt[..., None]
   probs_bte = probs_bte * weight_bt[..., None]
-  axes = (1,) if per_sequence else (0, 1)
-  tokens = jnp.maximum(weight_bt.sum(axes), 1.0)[..., None]
-  share = mask_bte.sum(axes) / tokens
-  mean_prob = probs_bte.sum(axes) / tokens
-  return num_experts * (share * mean_prob).sum(-1).mean()
+  tokens = jnp.maximum(weight_bt.sum(), 1.0)
+  share = mask_bte.sum((0, 1)) / tokens
+  mean_prob = probs_bte.sum((0, 1)) / tokens
+  return num_experts * (share * mean_prob).sum()
 
 
 def z_loss(logits_bte: jax.Array, weight_bt: jax.Array) -> jax.Array:

@@ -47,13 +47,11 @@ def test_load_balance_loss_by_hand():
   assert switch.route(logits).load_balance_loss == pytest.approx(1.0, rel=1e-6)
 
 
-def test_load_balance_loss_of_sequences_is_the_mean_of_each():
+def test_load_balance_loss_is_over_the_batch():
   probs = jax.nn.softmax(logits_for([[0, 0], [1, 1]], 2, high=np.log(3.0)))
   choice = jnp.array([[0, 0], [1, 1]])
-  ones = jnp.ones((2, 2))
-  # Each sequence alone has loss 1.5; together f = P = (1/2, 1/2) and the loss is 1.
-  assert losses.load_balance_loss(probs, choice, ones, per_sequence=True) == pytest.approx(1.5)
-  assert losses.load_balance_loss(probs, choice, ones) == pytest.approx(1.0)
+  # Each sequence alone would have loss 1.5; together f = P = (1/2, 1/2).
+  assert losses.load_balance_loss(probs, choice, jnp.ones((2, 2))) == pytest.approx(1.0)
 
 
 def test_z_loss_by_hand():
