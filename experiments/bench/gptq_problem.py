@@ -31,8 +31,11 @@ def rows(
     shape: tuple[int, int], experts: int, who: str, factor: Callable[[], Any],
     sweep: Callable[[], Any], work: Mapping[str, float], *, ours: bool, repeats: int = 2,
 ) -> list[dict[str, Any]]:
-  """Times factorisations and the rest in turn; rows of both, of the sum and of their share."""
-  timed = timing.measure({'factor': factor, 'sweep': sweep}, repeats=repeats, warmup=1)
+  """Times factorisations and the rest in turn; rows of both, of the sum and of their share.
+
+  The caller has called both once, for `work`: that is the warm-up.
+  """
+  timed = timing.measure({'factor': factor, 'sweep': sweep}, repeats=repeats, warmup=0)
   total = [f + s for f, s in zip(timed['factor'], timed['sweep'])]
   share = [100 * f / t for f, t in zip(timed['factor'], total)]
   case = f'{experts} experts {shape[0]}x{shape[1]}, Hessian {shape[1]}'

@@ -34,12 +34,12 @@ class Worker:
 _JAX = ('jax', 'jaxlib', 'flax')
 SUITES: dict[str, tuple[Worker, ...]] = {
     'foundation': (
-        Worker(part='forward', module='forward_jax', needs=_JAX, seconds=30),
-        Worker(part='forward', module='forward_torch', needs=('torch', 'transformers'), seconds=30),
+        Worker(part='forward', module='forward_jax', needs=_JAX, seconds=60),
+        Worker(part='forward', module='forward_torch', needs=('torch', 'transformers'), seconds=50),
         Worker(part='gptq', module='gptq_jax', needs=_JAX, seconds=60),
-        Worker(part='gptq', module='gptq_torch', needs=('torch',), seconds=60),
-        Worker(part='experts', module='experts_jax', needs=_JAX, seconds=90),
-        Worker(part='codec', module='codec_jax', needs=_JAX, seconds=60),
+        Worker(part='gptq', module='gptq_torch', needs=('torch',), seconds=140),
+        Worker(part='experts', module='experts_jax', needs=_JAX, seconds=110),
+        Worker(part='codec', module='codec_jax', needs=_JAX, seconds=40),
     ),
 }
 
