@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from configs import sotu_switch16
-from moejax import account, evaluate, files, store, tree
+from moejax import account, evaluate, files, progress, store, tree
 from moejax import config as config_lib
 from moejax.compress import driver, matrix
 from moejax.compress.quantize import Quantize, quantize
@@ -163,7 +163,7 @@ class Stopwatch:
 
   def hook(self, record: writers.Record) -> None:
     """Prints a line and keeps the time."""
-    left = writers.clock(self._seconds - self.elapsed)
+    left = progress.clock(self._seconds - self.elapsed)
     share = min(self.elapsed / max(self._seconds, 1e-9), 1.0)
     bar = '█' * round(20 * share) + '·' * (20 - round(20 * share))
     loss, speed = record.metrics['cross_entropy'], record.metrics['tokens_per_second']
