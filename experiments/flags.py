@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 import contextlib
+import dataclasses
 import importlib.util
 import inspect
 import os
@@ -10,24 +11,32 @@ import re
 import signal
 import sys
 import threading
+from typing import Any
 
 from absl import app, flags, logging
 
-from moejax import config as config_lib
-from moejax import errors, files
+from experiments import config_errors
+from moejax import errors, files, settings
 
 
 def define_config_flags() -> None:
   """Defines --config and --set."""
   flags.DEFINE_string('config', None, 'File with get_config(), as FILE.py or FILE.py:VARIANT.')
-  flags.DEFINE_multi_string('set', [], 'Override one field: path.to.field=value. Can be repeated.')
+  flags.DEFINE_multi_string(
+      'set', [], 'Change one field: path.to.field=value, a value being JSON or a plain string. '
+      'Parts of the path may be left out where the rest names one field (steps=10); steps of a '
+      'chain are numbered (0.bits=2). Can be repeated.'
+  )
 
 
-def load_config(spec: str, overrides: Sequence[str] = ()) -> config_lib.Experiment:
+def load_config(spec: str, overrides: Sequence[str] = ()) -> Any:
   """Runs get_config() of FILE.py, or get_config(VARIANT) of FILE.py:VARIANT, and overrides fields.
 
+  Returns what the file returns: a `config.Experiment`, a Transform or a chain of Transforms.
+
   Raises:
-    UserError: no such file, no get_config, an unknown field (with the nearest one) or a bad value.
+    UserError: no such file, no get_config, whatever goes wrong in it (with its line), an unknown
+      field (with the nearest one) or a bad value.
   """
   name, _, variant = spec.partition(':')
   path = pathlib.Path(name)
@@ -39,18 +48,17 @@ def load_config(spec: str, overrides: Sequence[str] = ()) -> config_lib.Experime
   module = importlib.util.module_from_spec(module_spec)
   try:
     module_spec.loader.exec_module(module)
-  except (SyntaxError, ImportError, NameError) as error:
-    raise errors.UserError(f'{name} cannot be run: {error}') from error
-  get_config = getattr(module, 'get_config', None)
-  if get_config is None:
-    raise errors.UserError(f'{name} has no function get_config()')
-  if variant and not inspect.signature(get_config).parameters:
-    raise errors.UserError(f'{name} has no variants; leave out :{variant}')
-  try:
+    get_config = getattr(module, 'get_config', None)
+    if get_config is None:
+      raise errors.UserError(f'{name} has no function get_config()')
+    if variant and not inspect.signature(get_config).parameters:
+      raise errors.UserError(f'{name} has no variants; leave out :{variant}')
     config = get_config(variant) if variant else get_config()
-  except TypeError as error:
-    raise errors.UserError(f'{name}: get_config() failed: {error}') from error
-  return config_lib.apply_overrides(config, overrides) if overrides else config
+  except Exception as error:  # the file is the user's, and so is what goes wrong in it
+    raise config_errors.explain(error, path, name) from error
+  if overrides and not dataclasses.is_dataclass(config):
+    raise errors.UserError(f'{name} returns a {type(config).__name__}, which --set cannot change')
+  return settings.apply_overrides(config, overrides) if overrides else config
 
 
 def require(*names: str) -> None:

@@ -1,18 +1,19 @@
-"""Every setting of the library as frozen, validated dataclasses, to and from JSON."""
+"""Every setting of a model and a run as frozen, validated dataclasses; see also `settings`."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 import dataclasses
-import json
-import types
-import typing
-from typing import Any, TypeVar
+from typing import Any, ClassVar
 
 from moejax.errors import UserError, did_you_mean
+from moejax.settings import Checked, apply_overrides, from_json, to_json
+
+__all__ = [
+    'ACTIVATIONS', 'FAMILIES', 'DataConfig', 'Experiment', 'MeshConfig', 'ModelConfig', 'MoeConfig',
+    'OptimConfig', 'TrainConfig', 'apply_overrides', 'from_json', 'to_json',
+]
 
 ACTIVATIONS = ('relu', 'gelu', 'gelu_new', 'silu')
 FAMILIES = ('switch', 't5')
-
-T = TypeVar('T')
 
 
 def _require(condition: bool, field: str, value: Any, rule: str) -> None:
@@ -21,7 +22,7 @@ def _require(condition: bool, field: str, value: Any, rule: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MoeConfig:
+class MoeConfig(Checked):
   """Sparse layers of a Switch Transformer (arXiv 2101.03961).
 
   A sparse step of n makes layer i sparse when i % n == 1; 1 makes every layer sparse, 0 none.
@@ -29,6 +30,11 @@ class MoeConfig:
   `router_ignore_padding_tokens` padding goes to no expert and counts in no loss.
   """
 
+  section: ClassVar[str] = 'moe.'
+  least: ClassVar[Mapping[str, float]] = {
+      'num_experts': 1, 'encoder_sparse_step': 0, 'decoder_sparse_step': 0, 'expert_capacity': 1,
+      'router_z_loss_coef': 0, 'router_aux_loss_coef': 0,
+  }
   num_experts: int
   encoder_sparse_step: int = 2
   decoder_sparse_step: int = 2
@@ -40,13 +46,7 @@ class MoeConfig:
   router_ignore_padding_tokens: bool = False
 
   def __post_init__(self):
-    _require(self.num_experts >= 1, 'moe.num_experts', self.num_experts, 'at least 1')
-    for name in ('encoder_sparse_step', 'decoder_sparse_step'):
-      _require(getattr(self, name) >= 0, f'moe.{name}', getattr(self, name), '0 or more')
-    _require(
-        self.expert_capacity is None or self.expert_capacity >= 1,
-        'moe.expert_capacity', self.expert_capacity, 'null or at least 1',
-    )
+    super().__post_init__()
     _require(
         0.0 <= self.router_jitter_noise < 1.0,
         'moe.router_jitter_noise', self.router_jitter_noise, 'in [0, 1)',
@@ -54,9 +54,14 @@ class MoeConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ModelConfig:
+class ModelConfig(Checked):
   """One encoder-decoder: Switch Transformer, T5 v1.0 (ReLU) or T5 v1.1 (gated GELU)."""
 
+  section: ClassVar[str] = 'model.'
+  least: ClassVar[Mapping[str, float]] = {
+      'vocab_size': 1, 'd_model': 1, 'd_kv': 1, 'd_ff': 1, 'num_heads': 1, 'num_layers': 1,
+      'num_decoder_layers': 1, 'norm_eps': 0,
+  }
   family: str = 'switch'
   vocab_size: int
   d_model: int
@@ -79,6 +84,7 @@ class ModelConfig:
   moe: MoeConfig | None = None
 
   def __post_init__(self):
+    super().__post_init__()
     if self.family not in FAMILIES:
       raise UserError(
           f'model.family = {self.family!r}: one of {FAMILIES}{did_you_mean(self.family, FAMILIES)}'
@@ -88,12 +94,6 @@ class ModelConfig:
           f'model.activation = {self.activation!r}: one of {ACTIVATIONS}'
           f'{did_you_mean(self.activation, ACTIVATIONS)}'
       )
-    for name in ('vocab_size', 'd_model', 'd_kv', 'd_ff', 'num_heads', 'num_layers'):
-      _require(getattr(self, name) >= 1, f'model.{name}', getattr(self, name), 'at least 1')
-    _require(
-        self.num_decoder_layers >= 1, 'model.num_decoder_layers', self.num_decoder_layers,
-        'at least 1',
-    )
     _require(
         self.relative_attention_num_buckets >= 4 and self.relative_attention_num_buckets % 2 == 0,
         'model.relative_attention_num_buckets', self.relative_attention_num_buckets,
@@ -119,12 +119,14 @@ class ModelConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DataConfig:
+class DataConfig(Checked):
   """Text to span-corrupted samples (T5, arXiv 1910.10683, 3.1.4). Lengths are in tokens.
 
   Files are paths, globs or 'archive.tgz::glob'; an empty `tokenizer` trains one on train_files.
   """
 
+  section: ClassVar[str] = 'data.'
+  least: ClassVar[Mapping[str, float]] = {'num_sentinels': 0, 'encoder_length': 3, 'seed': 0}
   train_files: tuple[str, ...] = ()
   valid_files: tuple[str, ...] = ()
   tokenizer: str = ''
@@ -136,7 +138,7 @@ class DataConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimConfig:
+class OptimConfig(Checked):
   """An optax chain: clip, optimizer, schedule, weight decay and rates by path rules.
 
   Schedules after the warm-up: 'constant', 'cosine', 'linear', 'rsqrt' (T5's), and 'wsd', constant
@@ -145,6 +147,10 @@ class OptimConfig:
   first match wins.
   """
 
+  section: ClassVar[str] = 'optim.'
+  least: ClassVar[Mapping[str, float]] = {
+      'learning_rate': 0, 'warmup_steps': 0, 'decay_steps': 0, 'weight_decay': 0, 'clip_norm': 0,
+  }
   optimizer: str = 'adamw'
   learning_rate: float = 1e-3
   schedule: str = 'cosine'
@@ -165,16 +171,18 @@ class OptimConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
+class MeshConfig(Checked):
   """Devices along each mesh axis; a `data` of -1 takes all that are left."""
 
+  section: ClassVar[str] = 'mesh.'
+  least: ClassVar[Mapping[str, float]] = {'data': -1, 'expert': 1, 'tensor': 1}
   data: int = -1
   expert: int = 1
   tensor: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Checked):
   """The training loop. Intervals are in optimizer steps; an interval of 0 means never.
 
   `max_seconds` over 0 ends a run early, with a checkpoint. `aligned_start`: see `nn.aligned`.
@@ -182,6 +190,12 @@ class TrainConfig:
   share of.
   """
 
+  section: ClassVar[str] = 'train.'
+  least: ClassVar[Mapping[str, float]] = {
+      'steps': 1, 'batch_size': 1, 'accumulate': 1, 'seed': 0, 'log_every': 0, 'eval_every': 0,
+      'eval_batches': 0, 'checkpoint_every': 0, 'keep_checkpoints': 1, 'max_seconds': 0,
+      'peak_flops_per_second': 0,
+  }
   steps: int = 1000
   batch_size: int = 32
   accumulate: int = 1
@@ -200,7 +214,7 @@ class TrainConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Experiment:
+class Experiment(Checked):
   """Everything a run needs; one file in configs/ returns one of these."""
 
   model: ModelConfig
@@ -209,81 +223,3 @@ class Experiment:
   mesh: MeshConfig = MeshConfig()
   train: TrainConfig = TrainConfig()
   init_from: str = ''
-
-
-def to_json(config: Any) -> Any:
-  """Turns a config into plain JSON values."""
-  return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def from_json(cls: type[T], values: Mapping[str, Any], where: str = '') -> T:
-  """Builds a config from JSON values; an unknown or ill-typed field raises UserError."""
-  if not isinstance(values, Mapping):
-    raise UserError(f'{where or cls.__name__}: expected an object, found {values!r}')
-  fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-  hints = typing.get_type_hints(cls)
-  kwargs = {}
-  for name, value in values.items():
-    path = f'{where}.{name}' if where else name
-    if name not in fields:
-      raise UserError(f'unknown field {path!r}{did_you_mean(name, fields)}')
-    kwargs[name] = _convert(hints[name], value, path)
-  for name, field in fields.items():
-    if (
-        name not in kwargs
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
-    ):
-      raise UserError(f'missing field {(where + "." if where else "") + name!r}')
-  return cls(**kwargs)
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-  origin = typing.get_origin(hint)
-  if origin in (types.UnionType, typing.Union):
-    options = typing.get_args(hint)
-    if value is None and type(None) in options:
-      return None
-    return _convert(next(o for o in options if o is not type(None)), value, path)
-  if dataclasses.is_dataclass(hint):
-    return from_json(hint, value, path)  # type: ignore[arg-type]
-  if origin is tuple:
-    if isinstance(value, str) or not isinstance(value, Iterable):
-      raise UserError(f'{path}: expected a list, found {value!r}')
-    args = typing.get_args(hint)
-    if len(args) == 2 and args[1] is Ellipsis:
-      return tuple(_convert(args[0], v, path) for v in value)
-    values = tuple(value)
-    if len(values) != len(args):
-      raise UserError(f'{path}: expected {len(args)} values, found {len(values)}')
-    return tuple(_convert(a, v, path) for a, v in zip(args, values, strict=True))
-  if hint is float and isinstance(value, int) and not isinstance(value, bool):
-    return float(value)
-  if hint in (int, float, str, bool) and type(value) is not hint:
-    raise UserError(f'{path}: expected {hint.__name__}, found {value!r}')
-  return value
-
-
-def apply_overrides(config: T, overrides: Iterable[str]) -> T:
-  """Applies 'path.to.field=value' settings; values are JSON, or plain strings."""
-  values = to_json(config)
-  for override in overrides:
-    path, equals, text = override.partition('=')
-    if not equals:
-      raise UserError(f'--set {override!r}: expected path.to.field=value')
-    try:
-      value = json.loads(text)
-    except json.JSONDecodeError:
-      value = text
-    node = values
-    *parents, last = path.split('.')
-    for i, part in enumerate([*parents, last]):
-      if not isinstance(node, dict) or part not in node:
-        known = node if isinstance(node, dict) else ()
-        raise UserError(
-            f'unknown field {".".join([*parents, last][: i + 1])!r}{did_you_mean(part, known)}'
-        )
-      if i < len(parents):
-        node = node[part]
-    node[last] = value
-  return from_json(type(config), values)

@@ -59,6 +59,52 @@ def test_overrides_reach_nested_fields():
     config_lib.apply_overrides(experiment, ['train.steps'])
 
 
+def test_a_short_path_is_enough_where_it_names_one_field():
+  experiment = config_lib.Experiment(model=tiny())
+  change = lambda *settings: config_lib.apply_overrides(experiment, settings)
+  assert change('steps=7') == change('train.steps=7') != experiment
+  assert change('moe.num_experts=8').model.moe == config_lib.MoeConfig(num_experts=8)
+  assert change('model.moe={"num_experts": 4}', 'moe.router_bias=true').model.moe == (
+      config_lib.MoeConfig(num_experts=4, router_bias=True)
+  )
+  assert change('moe.num_experts=8', 'model.moe=null') == experiment
+  with pytest.raises(UserError, match=r"'seed' is .* several fields: data\.seed, train\.seed"):
+    change('seed=1')
+  with pytest.raises(UserError, match=r"unknown field 'stepz' \(did you mean 'train\.steps'\?\)"):
+    change('stepz=1')
+
+
+def test_settings_that_only_fit_together_are_changed_together():
+  experiment = config_lib.Experiment(model=tiny(moe=config_lib.MoeConfig(num_experts=4)))
+  changed = config_lib.apply_overrides(experiment, ['model.family=t5', 'model.moe=null'])
+  assert changed.model.family == 't5' and changed.model.moe is None
+  with pytest.raises(UserError, match='must be null'):
+    config_lib.apply_overrides(experiment, ['model.family=t5'])
+
+
+@pytest.mark.parametrize('make, message', [
+    (lambda: tiny(d_model='32'), "model.d_model: expected int, found '32'"),
+    (lambda: tiny(dropout_rate=None), 'model.dropout_rate: expected float, found None'),
+    (lambda: tiny(moe=config_lib.DataConfig()), 'model.moe: a DataConfig has no place here'),
+    (lambda: config_lib.DataConfig(train_files='a.txt'), 'data.train_files: expected a list'),
+    (lambda: config_lib.DataConfig(encoder_length=2), 'data.encoder_length = 2: at least 3'),
+    (lambda: config_lib.TrainConfig(batch_size=0), 'train.batch_size = 0: at least 1'),
+    (lambda: config_lib.TrainConfig(steps=0), 'train.steps = 0: at least 1'),
+    (lambda: config_lib.MeshConfig(expert=0), 'mesh.expert = 0: at least 1'),
+    (lambda: config_lib.OptimConfig(learning_rate=float('nan')), 'optim.learning_rate = nan'),
+    (lambda: config_lib.OptimConfig(weight_decay_rules=(('a',),)), 'expected 2 values, found 1'),
+])
+def test_types_and_ranges_are_checked_when_made(make, message):
+  with pytest.raises(UserError, match=message):
+    make()
+
+
+def test_what_is_made_from_lists_and_integers_can_be_hashed():
+  made = config_lib.OptimConfig(weight_decay_rules=[['a', 0]], learning_rate=1)
+  assert made.weight_decay_rules == (('a', 0.0),) and type(made.learning_rate) is float
+  hash(made)
+
+
 @pytest.mark.parametrize('layers, step, expected', [
     (4, 2, (1, 3)), (4, 1, (0, 1, 2, 3)), (4, 0, ()), (6, 3, (1, 4)), (1, 2, ()),
 ])

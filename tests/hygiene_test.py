@@ -13,7 +13,10 @@ LIBRARY = ('moejax', 'kernels_pallas', 'configs', 'experiments')
 
 # Lower may not import higher; names on one level may not import each other unless allowed below.
 LEVELS = [
-    {'errors', 'config', 'presets', 'tree', 'codec', 'files', 'progress', 'safetensors_io'},
+    {
+        'errors', 'settings', 'config', 'presets', 'tree', 'codec', 'files', 'progress',
+        'safetensors_io',
+    },
     {'weights', 'sharding'},
     {'store', 'routing', 'ops'},
     {'nn'},
@@ -26,9 +29,9 @@ LEVELS = [
     {'experiments'},
 ]
 SAME_LEVEL = {
-    ('config', 'errors'), ('presets', 'config'), ('presets', 'errors'), ('tree', 'errors'),
-    ('codec', 'errors'), ('files', 'errors'), ('safetensors_io', 'errors'),
-    ('safetensors_io', 'files'), ('ops', 'routing'),
+    ('settings', 'errors'), ('config', 'settings'), ('config', 'errors'), ('presets', 'config'),
+    ('presets', 'errors'), ('tree', 'errors'), ('codec', 'errors'), ('files', 'errors'),
+    ('safetensors_io', 'errors'), ('safetensors_io', 'files'), ('ops', 'routing'),
 }
 
 

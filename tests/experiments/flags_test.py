@@ -64,14 +64,78 @@ def test_a_config_file_with_variant_and_overrides(tmp_path):
     'source, message',
     [
         ('x = 1', 'has no function get_config'),
-        ('def get_config(:', 'cannot be run'),
-        ('import no_such_module', "cannot be run: No module named 'no_such_module'"),
+        ('x = 1\ndef get_config(:', r'c\.py, line 2: invalid syntax'),
+        ('import no_such_module', r"c\.py, line 1: No module named 'no_such_module'"),
+        ('def get_config():\n  return Experment()', r"line 2: no name 'Experment'"),
+        ('from moejax import config as c\ndef get_config():\n  return c.Experment()',
+         r"line 3: .* has no attribute 'Experment' \(did you mean 'Experiment'\?\)"),
+        ('from moejax import config as c\nMOE = c.MoeConfig(\n  num_expert=8)',
+         r"line 2: MoeConfig has no field 'num_expert' \(did you mean 'num_experts'\?\)"),
+        ('from moejax.config import *\ndef get_config():\n  return TrainConfig(stepz=3)',
+         r"line 3: TrainConfig has no field 'stepz' \(did you mean 'steps'\?\)"),
+        ('import dataclasses\nfrom moejax import config as c\nbase = c.TrainConfig()\n'
+         'def get_config():\n  return dataclasses.replace(base, log_evry=3)',
+         r"line 5: TrainConfig has no field 'log_evry' \(did you mean 'log_every'\?\)"),
+        ('import moejax\ndef get_config():\n  return moejax.quantize(dampin=0.1)',
+         r"line 3: quantize has no field 'dampin' \(did you mean 'damping'\?\)"),
+        ('from moejax import config as c\ndef get_config():\n  return c.ModelConfig(d_model=3)',
+         "line 3: ModelConfig lacks 'vocab_size', 'd_kv'"),
+        ("from moejax import config as c\ndef get_config():\n  return c.TrainConfig(steps='3')",
+         "line 3: train.steps: expected int, found '3'"),
+        ('from moejax import config as c\nx = c.MoeConfig(num_experts=0)',
+         'line 2: moe.num_experts = 0: at least 1'),
+        ('def get_config():\n  return {}["model"]', r"line 2: KeyError: 'model'"),
     ],
 )
 def test_broken_config_files(tmp_path, source, message):
   (tmp_path / 'c.py').write_text(source)
-  with pytest.raises(errors.UserError, match=message):
+  with pytest.raises(errors.UserError, match=message) as caught:
     common.load_config(str(tmp_path / 'c.py'))
+  assert str(caught.value).startswith(str(tmp_path / 'c.py')) and '\n' not in str(caught.value)
+
+
+CHAIN = '''
+import moejax
+
+def get_config(variant=''):
+  first = moejax.quantize(2, layers='encoder/.*')
+  return moejax.chain(first, moejax.quantize(layers='decoder/.*')) if variant else first
+'''
+
+
+def test_settings_of_transforms_and_chains(tmp_path):
+  file = tmp_path / 'one.py'
+  file.write_text(CHAIN)
+  one = lambda *changes: common.load_config(str(file), changes)
+  two = lambda *changes: common.load_config(f'{file}:two', changes)
+  assert one('damping=0.05') == one('matrix.damping=0.05')
+  assert one('damping=0.05').matrix.damping == 0.05 and one().matrix.damping == 0.1
+  assert one('layers=decoder/.*').layers == 'decoder/.*'
+  changed = two('0.bits=3', 'steps.1.matrix.damping=0.2', '1.expert_group=4')
+  assert [step.matrix.bits for step in changed.steps] == [3, 'ternary']
+  assert [step.matrix.damping for step in changed.steps] == [0.1, 0.2]
+  assert [step.expert_group for step in changed.steps] == [16, 4]
+  search = one('bits=ternary', 'search.target_bits=0.9').matrix.search
+  assert search.target_bits == 0.9
+  for load, setting, message in (
+      (one, 'dampin=1', r"unknown field 'dampin' \(did you mean 'matrix\.damping'\?\)"),
+      (one, 'matrix.dampin=1', r"unknown field 'matrix\.dampin' \(did you mean 'damping'\?\)"),
+      (two, 'damping=1', r"'damping' is .* several fields: steps\.0\.matrix\.damping, steps\.1\."),
+      (two, '0.dampin=1', r"unknown field '0\.dampin' \(did you mean 'steps\.\d\.matrix\.damping'"),
+      (two, '2.bits=2', r"unknown field '2\.bits'"),
+      (one, 'bits=7', 'bits = 7: one of'),
+      (one, 'damping="much"', r"matrix\.damping: expected float, found 'much'"),
+      (one, 'damping=NaN', r"matrix\.damping: expected float, found 'NaN'"),
+  ):
+    with pytest.raises(errors.UserError, match=message):
+      load(setting)
+
+
+def test_set_needs_settings(tmp_path):
+  (tmp_path / 'c.py').write_text('def get_config():\n  return 1\n')
+  assert common.load_config(str(tmp_path / 'c.py')) == 1
+  with pytest.raises(errors.UserError, match='returns a int, which --set cannot change'):
+    common.load_config(str(tmp_path / 'c.py'), ['a=1'])
 
 
 def test_a_variant_that_does_not_exist(tmp_path):
