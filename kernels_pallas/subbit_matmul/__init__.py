@@ -9,6 +9,7 @@ as a length and a few signed positions. Blocks of whole rows begin at known code
     length_u    int32 [65536]     weights a codeword stands for
     fields_ju   uint32 [j, 65536] 32 // field_bits fields a word, (position << 1 | is high), all
                                   ones where the codeword has no further nonzero
+    max_length                    weights of the longest codeword
 
 `api` is what to call, `ref` the XLA implementation (the product on CPU and on any device without a
 kernel), `cases` the shapes that every implementation is checked and timed on.

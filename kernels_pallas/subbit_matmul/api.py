@@ -16,7 +16,8 @@ class Cost(NamedTuple):
 
 def subbit_matvec(
     x_c: jax.Array, words_w: jax.Array, offsets_b: jax.Array, levels_r2: jax.Array,
-    length_u: jax.Array, fields_ju: jax.Array, *, field_bits: int, block_rows: int,
+    length_u: jax.Array, fields_ju: jax.Array, *, field_bits: int, max_length: int,
+    block_rows: int,
 ) -> jax.Array:
   """W x for one ternary matrix in codewords, float32 [rows]; see the package for the arguments.
 
@@ -24,7 +25,7 @@ def subbit_matvec(
   """
   return ref.subbit_matvec(
       x_c, words_w, offsets_b, levels_r2, length_u, fields_ju, field_bits=field_bits,
-      block_rows=block_rows,
+      max_length=max_length, block_rows=block_rows,
   )
 
 

@@ -36,7 +36,7 @@ def ternary_matvec(x_d: jax.Array, node: weights.Ternary, expert: jax.Array) -> 
     codes = ternary_jax.decode_table(design)
     return lambda: subbit.subbit_matvec(
         x_d, words, offsets, levels, jnp.asarray(codes.length_u), jnp.asarray(codes.fields_ju),
-        field_bits=codes.bits, block_rows=node.block_rows,
+        field_bits=codes.bits, max_length=int(codes.length_u.max()), block_rows=node.block_rows,
     )
 
   branches = [matvec(d) for d in node.designs]

@@ -22,7 +22,8 @@ def operands(case):
   table = ternary_jax.decode_table(int(encoded.design_e[0]))
   args = (x, encoded.words_w, encoded.offsets_eb[0].astype(np.int32), levels, table.length_u,
           table.fields_ju)
-  static = {'field_bits': table.bits, 'block_rows': encoded.block_rows}
+  static = {'field_bits': table.bits, 'max_length': int(table.length_u.max()),
+            'block_rows': encoded.block_rows}
   return args, static, dense.astype(np.float64) @ x
 
 
