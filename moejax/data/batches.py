@@ -36,11 +36,17 @@ class Corpus:
     return len(self.starts) - 1
 
 
-def tokenize(documents: Iterable[str], tokenizer: tokenizer_lib.Tokenizer, name: str) -> Corpus:
-  """Turns documents into a `Corpus`, 32 at a time.
+def tokenize(
+    documents: Iterable[str], tokenizer: tokenizer_lib.Tokenizer, name: str, *,
+    sample_tokens: int = _SHORTEST,
+) -> Corpus:
+  """Turns documents into a `Corpus`, 32 at a time; one of less than two tokens is left out.
+
+  Short documents make short, padded samples; but a text that is, all in all, less than one full
+  sample is a mistake.
 
   Raises:
-    UserError: there is no document with at least two tokens; the message has `name` in it.
+    UserError: they have less than `sample_tokens` tokens together; the message has `name` in it.
   """
   pieces: list[np.ndarray] = []
   chunk: list[str] = []
@@ -54,8 +60,12 @@ def tokenize(documents: Iterable[str], tokenizer: tokenizer_lib.Tokenizer, name:
     if len(chunk) == 32:
       flush()
   flush()
-  if not pieces:
-    raise errors.UserError(f'{name}: no text of at least {_SHORTEST} tokens; give a longer text')
+  total = sum(len(piece) for piece in pieces)
+  if total < sample_tokens:
+    raise errors.UserError(
+        f'{name}: a text of {total} tokens; one sample has {sample_tokens}: give a longer text, or '
+        'lower encoder_length'
+    )
   starts = np.cumsum([0] + [len(piece) for piece in pieces])
   return Corpus(tokens=np.concatenate(pieces), starts=starts)
 

@@ -104,7 +104,10 @@ def load(path: str | os.PathLike) -> Tokenizer:
   if file.is_dir():
     file = file / FILE_NAME
   if not file.is_file():
-    raise errors.UserError(f'no tokenizer at {file}; leave data.tokenizer empty to train one')
+    raise errors.UserError(
+        f'no tokenizer at {file}: put the one of the model there, or leave data.tokenizer empty to '
+        'train one'
+    )
   try:
     return Tokenizer(tokenizers.Tokenizer.from_file(str(file)))
   except Exception as error:  # the library raises a bare Exception

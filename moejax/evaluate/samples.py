@@ -54,18 +54,17 @@ def fixed_batches(
   """Span-corrupted batches that are the same on every call.
 
   Raises:
-    UserError: the tokenizer is another model's, or there is no text of two tokens.
+    UserError: the tokenizer is another model's, or the text is shorter than one sample.
   """
   if tokenizer.vocab_size != config.vocab_size:
     raise UserError(
         f'the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}: '
         'use the tokenizer.json that came with the model'
     )
+  lengths = span_corruption.lengths_for(data.encoder_length, data.noise_density, data.mean_span)
+  corpus = batches_lib.tokenize(documents, tokenizer, name, sample_tokens=lengths.tokens)
   return batches_lib.SpanBatches(
-      corpus=batches_lib.tokenize(documents, tokenizer, name), batch_size=batch_size,
-      lengths=span_corruption.lengths_for(
-          data.encoder_length, data.noise_density, data.mean_span
-      ),
+      corpus=corpus, batch_size=batch_size, lengths=lengths,
       vocab_size=config.vocab_size, seed=data.seed, noise_density=data.noise_density,
       mean_span=data.mean_span, pad_id=config.pad_id, eos_id=config.eos_id,
       decoder_start_id=config.decoder_start_id, fixed=True,

@@ -64,7 +64,7 @@ def span_batches(
         f'{lengths.spans} spans; raise it or lower data.encoder_length'
     )
   return batches_lib.SpanBatches(
-      corpus=batches_lib.tokenize(documents, tokenizer, name),
+      corpus=batches_lib.tokenize(documents, tokenizer, name, sample_tokens=lengths.tokens),
       batch_size=experiment.train.batch_size, lengths=lengths, vocab_size=config.vocab_size,
       seed=data.seed, noise_density=data.noise_density, mean_span=data.mean_span,
       pad_id=config.pad_id, eos_id=config.eos_id, decoder_start_id=config.decoder_start_id,

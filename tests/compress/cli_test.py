@@ -31,6 +31,9 @@ def run(*arguments):
 def folder(tmp_path_factory):
   root = tmp_path_factory.mktemp('cli')
   (root / 'text.txt').write_text(TEXT)
+  (root / 'short.txt').write_text(TEXT[:200])
+  (root / 'empty.txt').write_text('')
+  (root / 'binary.txt').write_bytes(bytes(range(256)))
   tokenizer = tokenizer_lib.train([TEXT], 512)
   config = ModelConfig(
       vocab_size=512, d_model=16, d_kv=8, d_ff=32, num_heads=2, num_layers=2,
@@ -84,8 +87,16 @@ def test_dry_run_of_an_unknown_model(folder):
     ({'--set': 'matrix.dampin=1'}, "did you mean 'damping'"),
     ({'--model': 'nowhere'}, 'does not exist'),
     ({'--calibration': None}, '--calibration is missing'),
+    ({'--calibration': '{}/short.txt'}, ' tokens; one sample has 568: give a longer text'),
+    ({'--validation': '{}/short.txt'}, '--validation: a text of'),
+    ({'--calibration': '{}/empty.txt'}, 'empty.txt is empty'),
+    ({'--calibration': '{}/binary.txt'}, 'binary.txt is a binary file'),
+    ({'--calibation': 'x'}, "unknown flag --calibation (did you mean 'calibration'?)"),
+    ({'--out': '{}/text.txt'}, 'text.txt is a file: name a folder'),
+    ({'--out': '{}'}, "holds 'binary.txt', which is no part of a model folder"),
 ])
 def test_bad_input(folder, change, message):
+  change = {k: v and v.format(folder) for k, v in change.items()}
   arguments = {
       '--config': 'configs/qmoe.py', '--model': folder / 'model',
       '--calibration': folder / 'text.txt', '--out': folder / 'bad',

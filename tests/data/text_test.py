@@ -160,8 +160,14 @@ def test_a_small_vocabulary_says_how_small(trained):
 
 
 def test_a_text_shorter_than_a_sample_names_the_setting(trained):
-  with pytest.raises(errors.UserError, match=r'data\.valid_files: no text of at least 2 tokens'):
+  with pytest.raises(errors.UserError, match=r'data\.valid_files: a text of 0 tokens; one sample'):
     batches.tokenize(['x'], trained, 'data.valid_files')
+  texts, total = ['the people'] * 5, 5 * len(trained.encode('the people'))
+  message = f'--calibration: a text of {total} tokens; one sample has {total + 1}: give a longer'
+  with pytest.raises(errors.UserError, match=message):
+    batches.tokenize(texts, trained, '--calibration', sample_tokens=total + 1)
+  # Several short documents are fine, though none of them fills a sample.
+  assert batches.tokenize(texts, trained, 'x', sample_tokens=total).num_documents == 5
 
 
 def test_names_with_pattern_characters_are_names(tmp_path):
