@@ -60,7 +60,8 @@ class ModelConfig(Checked):
   section: ClassVar[str] = 'model.'
   least: ClassVar[Mapping[str, float]] = {
       'vocab_size': 1, 'd_model': 1, 'd_kv': 1, 'd_ff': 1, 'num_heads': 1, 'num_layers': 1,
-      'num_decoder_layers': 1, 'norm_eps': 0,
+      'num_decoder_layers': 1, 'norm_eps': 0, 'relative_attention_max_distance': 1,
+      'initializer_factor': 0, 'pad_id': 0, 'eos_id': 0, 'decoder_start_id': 0,
   }
   family: str = 'switch'
   vocab_size: int
@@ -99,6 +100,11 @@ class ModelConfig(Checked):
         'model.relative_attention_num_buckets', self.relative_attention_num_buckets,
         'an even number, at least 4',
     )
+    for name in ('pad_id', 'eos_id', 'decoder_start_id'):
+      _require(
+          getattr(self, name) < self.vocab_size, f'model.{name}', getattr(self, name),
+          f'under model.vocab_size = {self.vocab_size}',
+      )
     _require(
         0.0 <= self.dropout_rate < 1.0, 'model.dropout_rate', self.dropout_rate, 'in [0, 1)'
     )

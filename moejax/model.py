@@ -1,6 +1,7 @@
 """Model: a configuration and its params as one pytree."""
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
 
@@ -8,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from moejax import sharding, store
+from moejax import sharding, store, tree
 from moejax.config import ModelConfig
+from moejax.errors import UserError, did_you_mean
 from moejax.nn.switch import Output, SwitchTransformer
 
 
@@ -63,6 +65,32 @@ def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> Any:
   return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), params)
 
 
+@functools.lru_cache(maxsize=16)
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+  return {path: leaf.shape for path, leaf in tree.flatten(abstract_params(config)).items()}
+
+
+def check_source(source: store.Source) -> None:
+  """Raises UserError unless a folder's weights are the ones that its config.json describes."""
+  wanted = _shapes(source.config)
+  missing, extra = tree.differing_paths(wanted, source.paths())
+  mixed = 'config.json and the weights are of different models: restore the folder'
+  if missing:
+    hint = did_you_mean(missing[0], extra)
+    raise UserError(
+        f'{source.folder}: {missing[0]!r} of shape {wanted[missing[0]]} is missing{hint}; {mixed}'
+    )
+  if extra:
+    hint = did_you_mean(extra[0], wanted)
+    raise UserError(f'{source.folder}: {extra[0]!r} is one too many{hint}; {mixed}')
+  for path, shape in wanted.items():
+    found = tuple(source.abstract(path).shape)
+    if found != shape:
+      raise UserError(
+          f'{source.folder}: {path!r} has shape {found}, config.json wants {shape}; {mixed}'
+      )
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Model:
@@ -90,6 +118,7 @@ class Model:
     With a mesh, each parameter and each array of a weight node goes straight to where
     `sharding.param_specs` says.
     """
+    check_source(store.Source(folder))
     if mesh is None:
       return cls(*store.load_folder(folder))
     place = lambda path, leaf: sharding.place_leaf(path, leaf, mesh)

@@ -2,13 +2,12 @@
 
 from collections.abc import Iterable, Mapping
 import dataclasses
-import difflib
 import json
 import types
 import typing
 from typing import Any, ClassVar, TypeVar
 
-from moejax.errors import UserError, did_you_mean
+from moejax.errors import UserError, did_you_mean, nearest
 
 T = TypeVar('T')
 FieldPath = tuple[str, ...]
@@ -166,8 +165,8 @@ def _resolve(parts: FieldPath, known: list[FieldPath]) -> FieldPath:
   hint = did_you_mean(parts[matched], beside)
   if not hint:
     last = {p[-1]: '.'.join(p) for p in known}
-    near = difflib.get_close_matches(parts[-1], list(last), n=1)
-    hint = f' (did you mean {last[near[0]]!r}?)' if near else ''
+    near = nearest(parts[-1], last)
+    hint = f' (did you mean {last[near]!r}?)' if near else ''
   raise UserError(f'unknown field {name!r}{hint}')
 
 

@@ -129,11 +129,12 @@ class Source:
       raise UserError(f'{self.folder} has no {MANIFEST}; {hint}')
     self.manifest = files.read_json(self.folder / MANIFEST)
     version = self.manifest.get('format_version')
-    if version != FORMAT_VERSION:
+    if version != FORMAT_VERSION or isinstance(version, bool):
       raise UserError(
           f'{self.folder / MANIFEST}: format_version {version!r} is not {FORMAT_VERSION}: '
           'use the version of moejax that wrote it'
       )
+    self._check_manifest()
     self._check_files(verify)
     values = files.read_json(self.folder / CONFIG)
     try:
@@ -157,10 +158,27 @@ class Source:
             f'{did_you_mean(name, weights.NODE_CLASSES)}; update moejax'
         )
 
+  def _check_manifest(self) -> None:
+    """The parts that are read are there and of their types."""
+    wanted: dict[str, dict[str, type]] = {
+        'files': {'bytes': int, 'sha256': str}, 'nodes': {'class': str, 'static': dict}
+    }
+    for part, fields in wanted.items():
+      entries = self.manifest.get(part, {} if part == 'nodes' else None)
+      if not isinstance(entries, dict):
+        raise UserError(f'{self.folder / MANIFEST} lists no {part}: restore the folder')
+      for name, entry in entries.items():
+        for field, kind in fields.items():
+          if not isinstance(entry, dict) or not isinstance(entry.get(field), kind):
+            raise UserError(
+                f'{self.folder / MANIFEST}: {part}: {name!r} has no proper {field!r}: restore the '
+                'folder'
+            )
+    if not isinstance(self.manifest.get('provenance') or {}, dict):
+      raise UserError(f'{self.folder / MANIFEST}: provenance is no object: restore the folder')
+
   def _check_files(self, verify: bool) -> None:
-    listed = self.manifest.get('files')
-    if not isinstance(listed, dict):
-      raise UserError(f'{self.folder / MANIFEST} lists no files: restore the folder')
+    listed = self.manifest['files']
     for name, entry in listed.items():
       path = self.folder / name
       if Path(name).name != name or not path.is_file():
@@ -176,10 +194,10 @@ class Source:
             f'{path} has SHA-256 {found[:12]}…, {MANIFEST} says {entry["sha256"][:12]}…: '
             'corrupt or from another model; restore it'
         )
-    for path in sorted(self.folder.glob('*.safetensors')):
+    for path in (*sorted(self.folder.glob('*.safetensors')), self.folder / CONFIG):
       if path.name not in listed:
         raise UserError(
-            f'{path} is not listed in {MANIFEST}: it belongs to another model; remove it'
+            f'{path} is not listed in {MANIFEST}: it belongs to another model; restore the folder'
         )
 
   def paths(self) -> tuple[str, ...]:

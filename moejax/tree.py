@@ -60,8 +60,11 @@ def replace(params: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
 def first_match(rules: Sequence[tuple[str, V]], path: str) -> V:
   """The value of the first rule whose regex matches the whole path; none raises UserError."""
   for pattern, value in rules:
-    if re.fullmatch(pattern, path):
-      return value
+    try:
+      if re.fullmatch(pattern, path):
+        return value
+    except re.error as error:
+      raise UserError(f'{pattern!r} is no regular expression: {error}') from error
   raise UserError(f'no rule matches parameter {path!r}; end the rules with (".*", ...)')
 
 

@@ -208,7 +208,9 @@ DAMAGE = {
     'future version': (lambda f: edit(f, 'manifest.json', format_version=9), 'format_version 9'),
     'no file list': (lambda f: edit(f, 'manifest.json', files=None), 'lists no files'),
     'path out of the folder': (
-        lambda f: edit(f, 'manifest.json', files={'../../etc/passwd': {'bytes': 1}}), 'missing'
+        lambda f: edit(
+            f, 'manifest.json', files={'../../etc/passwd': {'bytes': 1, 'sha256': 'x'}}
+        ), 'missing'
     ),
     'unknown node class': (
         lambda f: edit(f, 'manifest.json', nodes={EXPERTS: {'class': 'Paked', 'static': {}}}),

@@ -10,7 +10,7 @@ import numpy as np
 from moejax import store, tree
 from moejax.config import ModelConfig
 from moejax.errors import UserError
-from moejax.model import Model
+from moejax.model import Model, check_source
 from moejax.weights import WeightNode
 
 
@@ -66,7 +66,9 @@ def open_source(model: Model | str | Path) -> MemorySource | FolderSource:
   """
   if isinstance(model, Model):
     return MemorySource(model)
-  return FolderSource(model)
+  source = FolderSource(model)
+  check_source(source)
+  return source
 
 
 def subtree(source: Any, prefix: str, *, skip: str | None = None) -> Mapping[str, Any]:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 import re
 from typing import Any
+import warnings
 
 import ml_dtypes
 import numpy as np
@@ -101,7 +102,9 @@ def read_bin(file: Path) -> dict[str, Any]:
   try:
     with open(file, 'rb') as f:
       zipped = f.read(4) == _ZIP_MAGIC
-    values = torch.load(file, map_location='meta' if zipped else 'cpu', weights_only=True)
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore')  # what a broken file makes torch guess
+      values = torch.load(file, map_location='meta' if zipped else 'cpu', weights_only=True)
   except OSError as error:
     raise UserError(f'cannot read {file}: {error}; {remedy}') from error
   except Exception as error:  # torch raises many kinds; what matters is whose fault it is

@@ -18,7 +18,7 @@ import re
 import numpy as np
 
 from moejax.convert import checkpoint
-from moejax.errors import UserError, did_you_mean
+from moejax.errors import UserError, nearest
 from moejax.safetensors_io import Chunked, check_finite
 
 
@@ -169,11 +169,11 @@ def match(
     matches.append(Match(entry, tuple(found), tuple(copies)))
   if missing:
     name, entry = missing[0]
-    near = did_you_mean(name, left)
-    shape = f', found with shape {source.info(near.split(chr(39))[1]).shape}' if near else ''
+    near = nearest(name, left)
+    hint = f' (did you mean {near!r}?), found with shape {source.info(near).shape}' if near else ''
     raise UserError(
         f'{source.where}: tensor {name!r} of shape {entry.their_shape} is missing'
-        f'{_more(missing)}{near}{shape}: restore it, or correct config.json'
+        f'{_more(missing)}{hint}: restore it, or correct config.json'
     )
   if left:
     _extra(entries, source, sorted(left))
@@ -182,11 +182,11 @@ def match(
 
 def _extra(entries: Sequence[Entry], source: checkpoint.Checkpoint, left: list[str]) -> None:
   known = {n: e for e in entries for names in e.names for n in names}
-  near = did_you_mean(left[0], known)
-  shape = f' of shape {known[near.split(chr(39))[1]].their_shape}' if near else ''
+  near = nearest(left[0], known)
+  hint = f' (did you mean {near!r}?) of shape {known[near].their_shape}' if near else ''
   raise UserError(
       f'{source.where}: tensor {left[0]!r} of shape {source.info(left[0]).shape} has no place in '
-      f'the model that config.json describes{_more(left)}{near}{shape}: remove it, or correct '
+      f'the model that config.json describes{_more(left)}{hint}: remove it, or correct '
       'config.json'
   )
 

@@ -34,7 +34,9 @@ def data_config(*folders: str | pathlib.Path) -> config_lib.DataConfig:
     path = pathlib.Path(folder)
     while path not in seen and (path / store.MANIFEST).is_file():
       seen.add(path)
-      provenance = files.read_json(path / store.MANIFEST).get('provenance') or {}
+      provenance = files.read_json(path / store.MANIFEST).get('provenance')
+      if not isinstance(provenance, Mapping):
+        break
       found = _find_data(provenance)
       if found is not None:
         return config_lib.from_json(config_lib.DataConfig, found, 'data')
