@@ -9,7 +9,7 @@ import pytest
 from moejax.compress import driver, parts, quantize
 
 sys.path.insert(0, str(Path(__file__).parent))
-import common
+import reference_model as common
 
 CASES = {
     'qmoe_1p5': {}, 'qmoe_2': {'bits': 2}, 'qmoe_1p5_trueseq': {'true_sequential': True},

@@ -12,7 +12,7 @@ from moejax.errors import UserError
 from moejax.report import charts, png
 
 sys.path.insert(0, str(Path(__file__).parent))
-import common
+import comparison_example as common
 
 
 def pixels(path):

@@ -14,7 +14,7 @@ from moejax.errors import UserError
 from moejax.report import charts, data, svg
 
 _SPEC = importlib.util.spec_from_file_location(
-    'report_common', pathlib.Path(__file__).with_name('common.py')
+    'comparison_example', pathlib.Path(__file__).with_name('comparison_example.py')
 )
 common = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(common)
