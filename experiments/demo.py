@@ -20,8 +20,8 @@ from absl import flags
 
 from experiments import demo_steps as steps
 from experiments import flags as common
+from moejax import account, evaluate, files, report, store
 from moejax import config as config_lib
-from moejax import evaluate, files, report, store
 from moejax.data import tokenizer as tokenizer_lib
 from moejax.errors import UserError
 from moejax.report import charts
@@ -134,7 +134,7 @@ def run(settings: steps.Settings) -> dict[str, Any]:
         f'Reload and measure: {recipe.name}', recipe.key, folder,
         None if recipe.transform is None else trained, recipe.transform is None,
     )
-    after = steps.sizes(folder)
+    after = account.of_source(store.Source(folder))
     variants.append({
         'key': recipe.key, 'name': recipe.name, 'note': recipe.note, **made,
         'after': {**after, 'loss': measured['content_loss']}, 'evaluation': measured,

@@ -1,9 +1,10 @@
 """The steps of the demo; each remembers its inputs, so that a rerun only does what is new."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import hashlib
 import json
+import os
 import pathlib
 import shutil
 import subprocess
@@ -12,11 +13,10 @@ import time
 from typing import Any
 
 from configs import sotu_switch16
-from moejax import account, evaluate, files, progress, store, tree
+from moejax import account, evaluate, files, progress, store
 from moejax import config as config_lib
 from moejax.compress import driver, matrix
 from moejax.compress.quantize import Quantize, quantize
-from moejax.data import batches as batches_lib
 from moejax.data import text
 from moejax.data import tokenizer as tokenizer_lib
 from moejax.errors import UserError
@@ -164,8 +164,7 @@ class Stopwatch:
   def hook(self, record: writers.Record) -> None:
     """Prints a line and keeps the time."""
     left = progress.clock(self._seconds - self.elapsed)
-    share = min(self.elapsed / max(self._seconds, 1e-9), 1.0)
-    bar = '█' * round(20 * share) + '·' * (20 - round(20 * share))
+    bar = progress.blocks(self.elapsed / max(self._seconds, 1e-9), 20)
     loss, speed = record.metrics['cross_entropy'], record.metrics['tokens_per_second']
     print(f'{bar} step {record.step}  loss {loss:.3f}  {speed:,.0f} tokens/s  {left} left',
           file=sys.stderr, flush=True)
@@ -201,7 +200,7 @@ def train(settings: Settings) -> dict[str, Any]:
 # --- Compression
 
 
-def calibration(settings: Settings, folder: pathlib.Path) -> Iterator[dict[str, Any]]:
+def calibration(settings: Settings, folder: pathlib.Path) -> list[dict[str, Any]]:
   """Span-corrupted samples spread over the training years."""
   tokenizer = tokenizer_lib.load(folder)
   config = store.Source(folder).config
@@ -209,9 +208,7 @@ def calibration(settings: Settings, folder: pathlib.Path) -> Iterator[dict[str, 
       config, evaluate.data_config(folder), text.documents(settings.train_files), tokenizer,
       batch_size=1, name='the calibration text',
   )
-  count = min(settings.calibration_samples, batches.num_samples)
-  for i in range(count):
-    yield batches.batch(i * batches.num_samples // count)
+  return list(evaluate.spread(batches, settings.calibration_samples))
 
 
 def compress(
@@ -223,7 +220,8 @@ def compress(
   assert transform is not None
   start = time.monotonic()
   result = driver.compress(model, transform, batches, out, sentinel=sentinel, progress=True)
-  bits, search = sizes(out)['expert_bits_per_weight'], transform.matrix.search
+  bits = account.of_source(store.Source(out))['expert_bits_per_weight']
+  search = transform.matrix.search
   if search is not None and 1.0 < bits <= 1.1:
     # The prediction was a little off: aim lower by as much.
     search = dataclasses.replace(search, target_bits=search.target_bits / bits * 0.99)
@@ -245,23 +243,16 @@ def compress(
   }
 
 
-def sizes(folder: pathlib.Path, batches: batches_lib.SpanBatches | None = None) -> dict[str, Any]:
-  """`account.summary` of a model folder, without reading its weights."""
-  source = store.Source(folder)
-  params = tree.unflatten({path: source.abstract(path) for path in source.paths()})
-  lengths = {} if batches is None else {
-      'source': batches.lengths.inputs, 'target': batches.lengths.targets
-  }
-  return account.summary(params, source.config, **lengths)
-
-
 # --- Evaluation
 
 
 def evaluate_fresh(
     settings: Settings, model: pathlib.Path, against: pathlib.Path | None, *, baselines: bool
 ) -> dict[str, Any]:
-  """Measures a model folder on the test years in a process of its own."""
+  """Measures a model folder on the test years in a process of its own.
+
+  The processes share compiled programs: the uncompressed model's is the same in each.
+  """
   command = [
       sys.executable, '-m', 'experiments.evaluate', '--model', str(model), '--examples', '3',
       '--max_batches', str(settings.test_batches),
@@ -274,7 +265,11 @@ def evaluate_fresh(
     command.append('--ablate')
     for source in settings.train_files:
       command += ['--bigram', source]
-  done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+  cache = {'JAX_COMPILATION_CACHE_DIR': str(settings.workdir / 'jax_cache')}
+  done = subprocess.run(
+      command, cwd=ROOT, env={**cache, **os.environ}, stdout=subprocess.PIPE, text=True,
+      check=False,
+  )
   if done.returncode != 0:
     raise UserError(
         f'measuring {model} failed with exit code {done.returncode}; its message is above'

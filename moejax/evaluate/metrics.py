@@ -106,24 +106,22 @@ def without_experts(params: Mapping[str, Any]) -> dict[str, Any]:
 
   def cut(path, leaf):
     if path.endswith('/experts/wo'):
-      return jnp.zeros(leaf.shape, jnp.float32)
+      return jnp.zeros(leaf.shape, leaf.dtype if tree.is_array(leaf) else jnp.float32)
     return leaf
 
   return tree.map_paths(cut, params)
 
 
-@functools.partial(jax.jit, static_argnames=('config', 'against', 'num_sentinels', 'dtype'))
-def _batch_sums(params, reference, batch, *, config, against, num_sentinels, dtype):
+@functools.partial(jax.jit, static_argnames=('config', 'num_sentinels', 'dtype'))
+def _batch_sums(params, batch, *, config, num_sentinels, dtype):
+  """Logits of a batch, content mask, and sums; one program for a model and what it is held to."""
   output = forward(config, params, batch, dtype)
   content = content_mask(config, batch, num_sentinels)
   sums = loss_sums(output.logits_btv, batch, content)
-  sums |= layer_loads(output, batch, config.pad_id)
-  if against is not None:
-    other = forward(against, reference, batch, dtype)
-    sums |= agreement_sums(output.logits_btv, other.logits_btv, content)
-    losses = loss_sums(other.logits_btv, batch, content)
-    sums['reference_content_loss'] = losses['content_loss']
-  return sums, jnp.argmax(output.logits_btv, axis=-1)
+  return output.logits_btv, content, sums | layer_loads(output, batch, config.pad_id)
+
+
+_agreement_sums = jax.jit(agreement_sums)
 
 
 def check_comparable(a: config_lib.ModelConfig, b: config_lib.ModelConfig) -> None:
@@ -165,16 +163,19 @@ def evaluate(
   """
   if against is not None:
     check_comparable(model.config, against.config)
-  step = functools.partial(
-      _batch_sums, config=model.config, against=None if against is None else against.config,
-      num_sentinels=num_sentinels, dtype=jnp.dtype(dtype),
-  )
-  reference = None if against is None else against.params
+  run = functools.partial(_batch_sums, num_sentinels=num_sentinels, dtype=jnp.dtype(dtype))
   sums: dict[str, Any] | None = None
   rows: list[dict[str, Any]] = []
   for batch in batches:
-    new, guesses = jax.device_get(step(model.params, reference, dict(batch)))
-    rows = rows or examples_of(batch, guesses, model.config.pad_id, examples)
+    logits, content, new = run(model.params, dict(batch), config=model.config)
+    if against is not None:
+      reference, _, known = run(against.params, dict(batch), config=against.config)
+      new |= _agreement_sums(logits, reference, content)
+      new['reference_content_loss'] = known['content_loss']
+    if examples and not rows:
+      guesses = np.asarray(jnp.argmax(logits, axis=-1))
+      rows = examples_of(batch, guesses, model.config.pad_id, examples)
+    new = jax.device_get(new)
     new = {name: np.asarray(value, np.float64) for name, value in new.items()}
     sums = new if sums is None else {name: sums[name] + new[name] for name in sums}
   if sums is None:

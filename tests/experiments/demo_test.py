@@ -104,7 +104,8 @@ def test_a_full_disk_is_one_line(tmp_path):
   (said,) = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
   file = tmp_path / 'run' / 'steps' / 'evaluate_checkpoint.json'
   assert said.startswith(f'error: cannot write {file}: ') and 'Traceback' not in done.stderr
-  assert [p for p in (tmp_path / 'run').rglob('*') if p.is_file()] == []
+  left = [p for p in (tmp_path / 'run').rglob('*') if p.is_file()]
+  assert {p.parent.name for p in left} <= {'jax_cache'}  # JAX looks past what it cannot read
 
 
 def test_a_folder_of_somebody_else_is_not_trained_into(tmp_path):
