@@ -42,3 +42,8 @@ def test_cast_floats_spares_codes():
 
 def test_count():
   assert tree.count(PARAMS) == 6 + 4 + 2
+
+
+def test_a_rule_that_is_no_pattern_is_named():
+  with pytest.raises(UserError, match=r"'\(' is no regular expression: "):
+    tree.first_match([('(', 1)], 'a/b')

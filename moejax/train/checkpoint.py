@@ -111,16 +111,17 @@ class Checkpoints:
       manifest = self._manager.restore(
           step, args=ocp.args.Composite(manifest=ocp.args.JsonRestore())
       ).manifest
-    except (OSError, ValueError, KeyError) as error:
+      written, data_index = manifest['experiment'], int(manifest['data_index'])
+    except (OSError, ValueError, KeyError, TypeError) as error:
       raise self._broken(step, error) from error
-    changed = check_same_run(manifest['experiment'], self._experiment, self.folder)
+    changed = check_same_run(written, self._experiment, self.folder)
     try:
       restored = self._manager.restore(
           step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
       )
     except (OSError, ValueError, KeyError) as error:
       raise self._broken(step, error) from error
-    return restored.state, manifest['data_index'], changed
+    return restored.state, data_index, changed
 
   def _broken(self, step: int, error: Exception) -> errors.UserError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -68,7 +68,8 @@ class JsonLines:
   def __init__(self, path: str | os.PathLike, resumed_step: int = 0):
     path = pathlib.Path(path)
     if path.exists():
-      kept = [line for line in path.read_text().splitlines() if _upto(line, resumed_step)]
+      lines = path.read_text(errors='replace').splitlines()
+      kept = [line for line in lines if _upto(line, resumed_step)]
       files.write_whole(path, ''.join(line + '\n' for line in kept))
     self._file = files.Appender(path)
 
@@ -85,7 +86,7 @@ class JsonLines:
 def _upto(line: str, step: int) -> bool:
   try:
     return json.loads(line)['step'] <= step
-  except (ValueError, KeyError):
+  except (ValueError, KeyError, TypeError):
     return False  # cut off by a kill
 
 

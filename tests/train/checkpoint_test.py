@@ -112,6 +112,15 @@ def test_a_broken_checkpoint_is_named(trained, tmp_path):
     with pytest.raises(errors.UserError, match='no checkpoint in'):
       saved.restore(_target(made))
   _save(tmp_path, made, middle)
+  written = tmp_path.glob('00000002/manifest/*')
+  (manifest,) = [p for p in written if b'"data_index"' in p.read_bytes()]
+  content = manifest.read_bytes()
+  for wrong in (b'{}', b'[]', b'{"experiment": {}, "data_index": null}', b'{"'):
+    manifest.write_bytes(wrong)
+    with opened(tmp_path, made.experiment) as saved:
+      with pytest.raises(errors.UserError, match=r'00000002 cannot be read'):
+        saved.restore(_target(made))
+  manifest.write_bytes(content)
   victims = [p for p in tmp_path.glob('00000002/state/**/d/*') if p.is_file()]
   assert victims
   for victim in victims:

@@ -86,7 +86,8 @@ def test_killed_at_a_random_step_ends_in_the_same_model(config, tmp_path):
   assert done.returncode == 0, done.stderr
   assert json.loads(done.stdout)['step'] == 40
 
-  stop_at = int(np.random.default_rng(int(time.time())).integers(6, 36))
+  # Step 10 begins its checkpoint when that of step 5 is on disk: from then on there is one.
+  stop_at = int(np.random.default_rng(int(time.time())).integers(11, 36))
   process = subprocess.Popen(
       command(config, broken), cwd=ROOT, env=environment(tmp_path / 'cache'),
       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -219,13 +220,18 @@ def test_another_tokenizer_is_refused(config, tmp_path):
     loop.run(experiment, tmp_path / 'run', hooks=[])
 
 
-def test_a_mistake_ends_in_one_line_and_exit_code_2(config, tmp_path):
-  done = run(config, tmp_path / 'run', '--set', 'train.stepz=3')
+@pytest.mark.parametrize('extra, said', [
+    (['--set', 'train.stepz=3'], "unknown field 'train.stepz' (did you mean 'steps'?)"),
+    (['--config', 'configs/qmoe.py'], 'configs/qmoe.py returns a Quantize, no training run; try '),
+    (['--distributed', '--processes', '2', '--process', '2'], '--process=2: under --processes=2'),
+    (['--distributed', '--processes', '2', '--process', '1'], '--distributed: coordinator_address'),
+])
+def test_a_mistake_ends_in_one_line_and_exit_code_2(extra, said, config, tmp_path):
+  done = run(config, tmp_path / 'run', *extra)
   assert done.returncode == 2, done.stderr
-  assert [line for line in done.stderr.splitlines() if line.startswith('error: ')] == [
-      "error: unknown field 'train.stepz' (did you mean 'steps'?)"
-  ]
-  assert 'Traceback' not in done.stderr
+  lines = [line for line in done.stderr.splitlines() if line.startswith('error: ')]
+  assert len(lines) == 1 and lines[0].startswith(f'error: {said}')
+  assert 'Traceback' not in done.stderr and not (tmp_path / 'run').exists()
 
 
 def test_a_workdir_that_cannot_be_written_is_named(config, tmp_path):

@@ -41,7 +41,7 @@ def events(folder):
 
 def test_json_lines_forget_what_is_past_the_checkpoint(tmp_path):
   file = tmp_path / 'metrics.jsonl'
-  file.write_text('{"step": 1}\n{"step": 5}\n{"step": 6}\n{"ste')
+  file.write_bytes(b'{"step": 1}\n[]\n\xff\xfe\n{"step": 5}\n7\n{"step": 6}\n{"ste')
   log = writers.JsonLines(file, resumed_step=5)
   log(record(6, loss=np.float32(0.1), load=np.array([0.25, 0.75])))
   log(record(7, loss=float('nan')))
