@@ -13,8 +13,8 @@ import time
 from typing import Any
 
 from configs import sotu_switch16
-from moejax import account, evaluate, files, progress, store
 from moejax import config as config_lib
+from moejax import evaluate, files, progress, store
 from moejax.compress import driver, matrix
 from moejax.compress.quantize import Quantize, quantize
 from moejax.data import text
@@ -24,8 +24,6 @@ from moejax.train import loop, writers
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 FORMAT = 1
-# Kept under the 1.0 that is promised: the search predicts each matrix from a sample of its rows.
-TARGET_BITS = 0.98
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +53,7 @@ class Recipe:
 
 def recipes() -> tuple[Recipe, ...]:
   """The rows, the uncompressed model first."""
-  search = matrix.Search(target_bits=TARGET_BITS)
+  search = matrix.Search(target_bits=1.0)
   return (
       Recipe(key='bf16', name='bf16', note='as trained, 16 bits a weight', transform=None),
       Recipe(key='rtn', name='RTN ternary', note='each weight rounded to the nearest of three',
@@ -220,15 +218,6 @@ def compress(
   assert transform is not None
   start = time.monotonic()
   result = driver.compress(model, transform, batches, out, sentinel=sentinel, progress=True)
-  bits = account.of_source(store.Source(out))['expert_bits_per_weight']
-  search = transform.matrix.search
-  if search is not None and 1.0 < bits <= 1.1:
-    # The prediction was a little off: aim lower by as much.
-    search = dataclasses.replace(search, target_bits=search.target_bits / bits * 0.99)
-    transform = dataclasses.replace(
-        transform, matrix=dataclasses.replace(transform.matrix, search=search)
-    )
-    result = driver.compress(model, transform, batches, out, sentinel=sentinel, progress=True)
   seconds = time.monotonic() - start
   layers = [
       {name: row[name] for name in (

@@ -86,14 +86,16 @@ def ternary_node(
 ) -> weights.WeightNode:
   """An abstract `Ternary` (storage 'qmoe_v1': `TernaryV1`) [e, d, f] of independent symbols.
 
-  target_bits: bits a weight that a grid search will keep it to, all metadata counted.
+  target_bits: bits a weight that a grid search is to take, all metadata counted; the zero share
+    then follows from it.
   """
   _, cols, rows = shape
   size = math.prod(shape)
-  words = round(size * float(_codewords(zero_share, rows, cols, storage)))
-  if target_bits is not None:
+  if target_bits is None:
+    words = round(size * float(_codewords(zero_share, rows, cols, storage)))
+  else:
     room = size * target_bits - _ternary(shape, 0, storage, level_dtype).bits()
-    words = min(words, max(int(room // 16), 0))
+    words = max(int(room // 16), 0)
   return _ternary(shape, words, storage, level_dtype)
 
 

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.compress import hessian_core, matrix, parts, quantize
+from moejax.compress import budget, hessian_core, matrix, parts, quantize
 from moejax.errors import UserError, did_you_mean
 
 _AXES = ('expert', 'in', 'out')
@@ -213,7 +213,14 @@ def compress_tree(
       h = hessian_core.scale_gram(jnp.asarray(grams.grams), grams.tokens)
       own = w_edf[ids.start : ids.stop]
       tokens = grams.tokens.tolist()
-      made = matrix.quantize_matrices(own, h, tokens, transform.matrix, path, ids)
+
+      def run_group(grids, own=own, h=h, tokens=tokens, path=path, ids=ids):
+        given = grids.get(path)
+        return {path: matrix.quantize_matrices(own, h, tokens, transform.matrix, path, ids, given)}
+
+      made = budget.within(
+          {path: own}, lambda _, h=h: h, transform.matrix, run_group  # type: ignore[misc]
+      )[path]
       found.extend(made.parts)
       rows.extend({'transform': transform.name, **row} for row in made.rows)
     nodes[path] = parts.join(found)

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -10,7 +9,6 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from moejax import account
 from moejax.compress import (
   gptq_core,
   grids_core,
@@ -33,7 +31,8 @@ KEPT = 'bfloat16'
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Search:
-  """Grid search of each matrix; see `search_core.search_grid`. target_bits counts all metadata."""
+  """Search for the grid of each matrix, see `search_core`: the least error, or the least sum of
+  errors at target_bits a weight over a group of experts, all metadata counted (`budget`)."""
 
   target_bits: float | None = None
   scales: tuple[float, ...] = search_core.SCALES
@@ -91,6 +90,11 @@ class Settings:
     if not 0 < self.threshold < 1:
       raise UserError(f'threshold = {self.threshold}: between 0 and 1')
 
+  @property
+  def budget(self) -> float | None:
+    """Bits a weight that a search has to keep; only ternary weights can trade them."""
+    return self.search.target_bits if self.search is not None and self.bits == 'ternary' else None
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stored:
@@ -138,23 +142,34 @@ class _Attempt:
   threshold: np.ndarray
 
 
-def _attempt(w, h, bits, settings: Settings, dtype) -> _Attempt:
-  e, d, f = w.shape
+def level_dtype(w: Any, settings: Settings) -> Any:
+  """The dtype the levels of `w` are stored in."""
+  return w.dtype if settings.level_dtype == 'weights' else np.dtype(settings.level_dtype)
+
+
+def try_grids(w_edf: Any, h_edd: jax.Array, bits: str | int, settings: Settings) -> Any:
+  """`search_core.try_grids` for settings with a search."""
+  s = settings.search
+  assert s is not None
+  return search_core.try_grids(
+      jnp.asarray(w_edf), h_edd, bits=bits, scales=s.scales, thresholds=s.thresholds,
+      outputs=s.outputs, damping=settings.damping, block_size=settings.block_size,
+      symmetric=settings.symmetric, act_order=settings.act_order, refit=settings.refit,
+      ridge=settings.refit_ridge, level_dtype=level_dtype(w_edf, settings),
+      rounding=settings.method == 'rtn',
+  )
+
+
+def _attempt(w, h, bits, settings: Settings, dtype, grids) -> _Attempt:
+  e = w.shape[0]
   scale = np.full(e, settings.grid_scale, np.float32)
   threshold = np.full(e, settings.threshold, np.float32)
-  if settings.search is not None:
-    s = settings.search
-    choice = search_core.search_grid(
-        w, h, bits=bits, target_bits=s.target_bits, scales=s.scales, thresholds=s.thresholds,
-        outputs=s.outputs, damping=settings.damping, block_size=settings.block_size,
-        symmetric=settings.symmetric, act_order=settings.act_order, refit=settings.refit,
-        ridge=settings.refit_ridge, level_dtype=dtype, rounding=settings.method == 'rtn',
-        estimate=functools.partial(
-            account.ternary_bits_per_weight, rows=f, cols=d, storage=settings.storage,
-            level_dtype=dtype,
-        ),
-    )
-    scale, threshold = choice.grid_scale, choice.threshold
+  if grids is not None:
+    scale, threshold = grids
+  elif settings.search is not None:
+    tried = try_grids(w, h, bits, settings)
+    best = tried.error.argmin(0)
+    scale, threshold = tried.grid_scale[best], tried.threshold[best]
   options: dict[str, Any] = {
       'symmetric': settings.symmetric, 'grid_scale': jnp.asarray(scale),
       'threshold': jnp.asarray(threshold),
@@ -220,7 +235,7 @@ def _fallback(tokens: int, failed: bool, settings: Settings) -> str:
 
 def quantize_matrices(
     w_edf: np.ndarray, h_edd: jax.Array, tokens: Sequence[int], settings: Settings, path: str,
-    ids: Sequence[int],
+    ids: Sequence[int], grids: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> Stored:
   """Quantizes the matrices `ids` of the weight at `path`, climbing bits where the error is over
   settings.max_error: the settings' bits, then 2, 3, 4, then bf16 as it was.
@@ -230,12 +245,13 @@ def quantize_matrices(
   Args:
     w_edf: [e, d, f] in the weights' dtype. h_edd: undamped Hessians. tokens: [e], calibration
       tokens of each. settings, path, ids: see above.
+    grids: range and threshold of each matrix at the settings' bits, [e], chosen already; None
+      searches for the least error if the settings have a search.
   """
   for i, one in enumerate(w_edf):
     if not np.isfinite(one.astype(np.float32)).all():
       raise UserError(f'{path}, expert {ids[i]}: NaN or infinite weights; restore the model')
-  weights_dtype = w_edf.dtype
-  dtype = weights_dtype if settings.level_dtype == 'weights' else np.dtype(settings.level_dtype)
+  dtype = level_dtype(w_edf, settings)
   w = jnp.asarray(w_edf)
   total = np.maximum(np.asarray(hessian_core.quadratic(h_edd, w).sum(1)), 1e-30)
   e = w.shape[0]
@@ -247,7 +263,8 @@ def quantize_matrices(
   rows: dict[int, dict[str, Any]] = {}
   tried: dict[int, list[Any]] = {i: [] for i in range(e)}
   for bits in rungs:
-    a = _attempt(w[pending], h_edd[pending], bits, settings, dtype)
+    given = grids if bits == settings.bits else None
+    a = _attempt(w[pending], h_edd[pending], bits, settings, dtype, given)
     error = a.after / total[pending]
     good = np.ones(len(pending), bool) if settings.max_error is None else (
         error <= settings.max_error

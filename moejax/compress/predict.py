@@ -33,9 +33,8 @@ def dry_run(
   """Bytes of a model before and after `compress`, without calibration and without its weights.
 
   Exact for 2 to 4 bits. Ternary codes depend on the share of zeros: with the right one the size is
-  within 1 %, for symbols as independent as GPTQ leaves them. A searched grid is taken to keep its
-  target_bits where the zero share alone would not. What max_error will keep at more bits is not
-  foreseen.
+  within 1 %, for symbols as independent as GPTQ leaves them. A searched grid is taken to use its
+  target_bits in full. What max_error will keep at more bits is not foreseen.
 
   Args:
     model: a configuration, a moejax folder (its headers are read), or a Model.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax import account, weights
-from moejax.compress import base, hessian_core, matrix, parts
+from moejax.compress import base, budget, hessian_core, matrix, parts
 from moejax.errors import UserError
 from moejax.ops import ffn
 
@@ -64,7 +64,7 @@ class Quantize(base.Transform):
     if s.bits == 'ternary':
       return account.ternary_node(
           leaf.shape, zero_share, storage=s.storage, level_dtype=dtype,
-          target_bits=None if s.search is None else s.search.target_bits,
+          target_bits=s.budget,
       )
     return account.packed_node(
         leaf.shape, int(s.bits), group_size=s.group_size, level_dtype=dtype
@@ -82,31 +82,37 @@ class Quantize(base.Transform):
 
   def _group(self, path, source, context, ids) -> parts.Group:
     names = [n for n in ('gate', 'wi', 'wo') if f'{path}/experts/{n}' in source.paths()]
-    read = lambda name: [source.read_expert(f'{path}/experts/{name}', e) for e in ids]
-    result: dict[str, list[parts.Part]] = {}
-    rows: list[dict[str, Any]] = []
-    own: dict[str, Any] = {}
+    own = {
+        name: np.stack([source.read_expert(f'{path}/experts/{name}', e) for e in ids])
+        for name in names
+    }
+    first = [name for name in names if name != 'wo']
     h_in, tokens = matrix.hessians(context.inputs(ids))
 
-    def run(name, stacked, h):
-      weight = f'{path}/experts/{name}'
-      out = matrix.quantize_matrices(stacked, h, tokens, self.matrix, weight, ids)
-      result[name] = list(out.parts)
-      rows.extend({'transform': self.name, **row} for row in out.rows)
+    def hidden(weights: Mapping[str, np.ndarray]) -> jax.Array:
+      return _hidden_hessians(weights, context.inputs(ids), tokens, context.config.activation)
 
-    for name in names:
-      if name == 'wo':
-        continue
-      own[name] = np.stack(read(name))
-      run(name, own[name], h_in)
-    if self.true_sequential:
-      group = parts.Group(experts=ids, parts=result, rows=rows)
-      own = {name: parts.group_dense(group, name) for name in own}
-    hidden = _hidden_hessians(own, context.inputs(ids), tokens, context.config.activation)
-    run('wo', np.stack(read('wo')), hidden)
-    order = {name: i for i, name in enumerate(names)}
-    rows.sort(key=lambda row: (row['expert'], order[row['path'].rpartition('/')[2]]))
-    return parts.Group(experts=ids, parts={n: result[n] for n in names}, rows=rows)
+    h_out = functools.cache(lambda: hidden({name: own[name] for name in first}))
+
+    def run(grids: budget.Grids) -> dict[str, matrix.Stored]:
+      def quantized(name, h):
+        weight = f'{path}/experts/{name}'
+        return matrix.quantize_matrices(
+            own[name], h, tokens, self.matrix, weight, ids, grids.get(name)
+        )
+
+      made = {name: quantized(name, h_in) for name in first}
+      if not self.true_sequential:
+        return {**made, 'wo': quantized('wo', h_out())}
+      group = parts.Group(experts=ids, parts={n: m.parts for n, m in made.items()}, rows=())
+      h = hidden({name: parts.group_dense(group, name) for name in first})
+      return {**made, 'wo': quantized('wo', h)}
+
+    hessian_of = lambda name: h_out() if name == 'wo' else h_in
+    made = budget.within(own, hessian_of, self.matrix, run)
+    rows = [{'transform': self.name, **row} for name in names for row in made[name].rows]
+    rows.sort(key=lambda row: row['expert'])
+    return parts.Group(experts=ids, parts={n: list(made[n].parts) for n in names}, rows=rows)
 
 
 @functools.partial(jax.jit, static_argnames=('activation',))
@@ -155,7 +161,8 @@ def quantize(
     refit: levels refitted by least squares after GPTQ; not with group_size. refit_ridge: how much
       that holds to the weights where tokens are few.
     grid_scale, threshold: the ternary (or b-bit) range, and the share of it that rounds to a level.
-    search: chooses grid_scale and threshold for each matrix instead.
+    search: chooses grid_scale and threshold for each matrix instead; with its target_bits, so that
+      each group of experts takes at most so many bits a weight, all metadata counted.
     storage: 'moejax'; 'qmoe_v1' for the published format; 'dense' for plain arrays of the
       quantized values.
     level_dtype: dtype levels are stored in: 'bfloat16', 'float32', or 'weights' for the weights'.

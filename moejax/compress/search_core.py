@@ -1,10 +1,10 @@
-"""Choice of the ternary grid of each matrix: range and threshold for a bit budget or least error.
+"""Choice of the grid of each matrix: range and threshold of least error, within a budget of bits.
 
-QMoE takes the full range and rounds at half. A smaller range with a higher threshold has a better
-trade of zeros (so bits) against output error; GPTQ on a sample of the outputs tells which.
+QMoE takes the full range and rounds at half. GPTQ on a sample of the outputs tells what another
+range and threshold would give: more zeros (so fewer bits) or less output error.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import itertools
 from typing import Any, NamedTuple
 
@@ -18,39 +18,30 @@ SCALES = (1.0, 0.85, 0.7)
 THRESHOLDS = (0.5, 0.55, 0.6, 0.65)
 
 
-class Choice(NamedTuple):
-  """For each of e matrices: the grid taken, and the zero share, bits a weight and relative output
-  error that its sample of outputs had, float32 [e]."""
+class Tried(NamedTuple):
+  """What c grids gave on samples of e matrices; float32.
+
+  grid_scale, threshold: [c]. zeros, error: share of zeros and relative output error, [c, e].
+  """
 
   grid_scale: np.ndarray
   threshold: np.ndarray
   zeros: np.ndarray
-  bits: np.ndarray
   error: np.ndarray
 
 
-def entropy(zero_share: np.ndarray) -> np.ndarray:
-  """Bits of a ternary weight whose two signs are equally frequent."""
-  p = np.clip(np.asarray(zero_share, np.float64), 1e-9, 1 - 1e-9)
-  return -p * np.log2(p) - (1 - p) * np.log2((1 - p) / 2)
-
-
-def search_grid(
+def try_grids(
     w_edf: jax.Array, h_edd: jax.Array, *, bits: str | int = 'ternary',
-    target_bits: float | None = None, estimate: Callable[[np.ndarray], np.ndarray] = entropy,
     scales: Sequence[float] = SCALES, thresholds: Sequence[float] = THRESHOLDS,
     outputs: int = 64, damping: float = 0.1, block_size: int = 128, refit: bool = True,
     ridge: float = 0.1, level_dtype: Any = jnp.bfloat16, symmetric: bool = False,
     act_order: bool = False, rounding: bool = False,
-) -> Choice:
-  """Tries each (range, threshold) on evenly spread outputs of each matrix and keeps the best.
+) -> Tried:
+  """Tries each (range, threshold) on evenly spread outputs of each matrix.
 
   Args:
     w_edf, h_edd: weights and undamped Hessians.
-    bits: 'ternary'; with 2, 3, 4 only the range is searched and bits play no part.
-    target_bits: the least error among grids of at most so many bits a weight; if there is none,
-      the fewest bits. None: the least error.
-    estimate: zero shares -> stored bits a weight.
+    bits: 'ternary'; with 2, 3, 4 only the range is varied.
     outputs: how many outputs a matrix is sampled at.
     damping, block_size, refit, ridge, level_dtype, symmetric, act_order: as the quantization to
       come. rounding: it will be RTN.
@@ -84,18 +75,39 @@ def search_grid(
     )
     zeros.append(np.asarray((q.symbols == 0).mean(axis=(1, 2))))
     errors.append(np.asarray(fit.error_after.sum(1)) / total)
-  zero_ce, error_ce = np.stack(zeros), np.stack(errors)
-  bits_ce = np.asarray(estimate(zero_ce)) if bits == 'ternary' else np.full(zero_ce.shape, bits)
-  score = error_ce.copy()
-  if target_bits is not None and bits == 'ternary':
-    over = bits_ce > target_bits
-    score[over] = np.inf
-    none = over.all(0)
-    score[:, none] = bits_ce[:, none]
-  best = score.argmin(0)
-  at = np.arange(best.size)
   scale_c, threshold_c = np.asarray(tried, np.float32).T
-  return Choice(
-      scale_c[best], threshold_c[best], zero_ce[best, at].astype(np.float32),
-      bits_ce[best, at].astype(np.float32), error_ce[best, at].astype(np.float32),
-  )
+  return Tried(scale_c, threshold_c, np.stack(zeros), np.stack(errors))
+
+
+def choose(
+    error_cn: np.ndarray, bits_cn: np.ndarray, size_n: np.ndarray, target_bits: float | None
+) -> np.ndarray:
+  """The grid of each of n matrices, int [n]: the least sum of errors within a budget for all.
+
+  Args:
+    error_cn, bits_cn: relative output error and bits a weight of each grid.
+    size_n: weights of each matrix.
+    target_bits: bits a weight of all matrices together, kept wherever the fewest bits of each keep
+      it; None for no bound.
+
+  A price of bits weighs them against error; the least price that keeps the budget is found by
+  bisection (Lagrange relaxation: best for the bits it takes).
+  """
+  share_n = np.asarray(size_n, np.float64) / np.sum(size_n)
+  at = np.arange(error_cn.shape[1])
+  bits_cn = np.asarray(bits_cn, np.float64)
+  error_cn = np.where(np.isfinite(error_cn), error_cn, 1e30)
+  fewest = bits_cn.argmin(0)
+  pick = error_cn.argmin(0)
+  spent = lambda pick: bits_cn[pick, at] @ share_n
+  if target_bits is None or spent(pick) <= target_bits:
+    return pick
+  pick, low, high = fewest, -60.0, 60.0
+  for _ in range(80):
+    middle = (low + high) / 2
+    tried = (error_cn + 2.0**middle * bits_cn * share_n).argmin(0)
+    if spent(tried) <= target_bits:
+      pick, high = tried, middle
+    else:
+      low = middle
+  return pick

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from moejax import account, compress, preset, quantize, store, tree
-from moejax.compress import predict
+from moejax.compress import Search, predict
 from moejax.config import ModelConfig, MoeConfig
 from moejax.errors import UserError
 from moejax.model import Model, abstract_params
@@ -80,6 +80,15 @@ def test_one_true_share_for_all_is_enough():
   share = float(np.mean([row['zeros'] for row in report['layers']]))
   guess = compress.dry_run(model, transform, zero_share=share)
   assert guess['after']['stored_bytes'] == pytest.approx(report['after']['stored_bytes'], rel=0.01)
+
+
+def test_a_searched_grid_stays_within_its_budget_and_uses_it():
+  model = tiny()
+  transform = quantize(search=Search(target_bits=0.9), expert_group=4)
+  after = compress.compress(model, transform, batches()).report['after']
+  assert 0.87 < after['expert_bits_per_weight'] <= 0.9
+  guess = compress.dry_run(model.config, transform)['after']['expert_bits_per_weight']
+  assert guess == pytest.approx(0.9, rel=1e-3)
 
 
 def test_no_weight_is_read(tmp_path, monkeypatch):

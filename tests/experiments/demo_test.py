@@ -153,8 +153,8 @@ def test_sources_are_fingerprinted_by_content(tmp_path):
   assert demo_steps.text_fingerprint((str(file), 'x/*.txt')) != first
 
 
-def test_the_searched_recipe_aims_below_one_bit():
+def test_the_searched_recipe_holds_one_bit_in_all():
   search = next(r for r in demo_steps.recipes() if r.key == demo_steps.HEADLINE)
-  assert search.transform.matrix.search.target_bits < 1.0
+  assert search.transform.matrix.budget == 1.0
   with pytest.raises(UserError):
     demo_steps.quantize('nonsense')
