@@ -64,8 +64,8 @@ def recipes() -> tuple[Recipe, ...]:
              note='then the two values of each row refitted',
              transform=quantize('ternary')),
       Recipe(key='search', name='QMoE searched grid',
-             note='the range of values searched too, at most 1.0 bit in all',
-             transform=quantize('ternary', search=search)),
+             note='largest inputs first, range of values searched, at most 1.0 bit in all',
+             transform=quantize('ternary', act_order=True, refit=False, search=search)),
       Recipe(key='two_bit', name='QMoE 2-bit', note='four values a row instead of three',
              transform=quantize(2, refit=False)),
   )

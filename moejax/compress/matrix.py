@@ -53,6 +53,7 @@ class Settings:
   symmetric: bool = False
   refit: bool = True
   refit_ridge: float = 0.1
+  gain_weight: float = 10.0
   grid_scale: float = 1.0
   threshold: float = 0.5
   search: Search | None = None
@@ -86,6 +87,10 @@ class Settings:
       raise UserError(
           f'damping = {self.damping}: at least 0; block_size = {self.block_size}: at least 1; '
           f'grid_scale = {self.grid_scale}: in (0, 4]'
+      )
+    if self.refit_ridge < 0 or self.gain_weight < 0:
+      raise UserError(
+          f'refit_ridge = {self.refit_ridge} and gain_weight = {self.gain_weight}: at least 0'
       )
     if not 0 < self.threshold < 1:
       raise UserError(f'threshold = {self.threshold}: between 0 and 1')
@@ -155,8 +160,8 @@ def try_grids(w_edf: Any, h_edd: jax.Array, bits: str | int, settings: Settings)
       jnp.asarray(w_edf), h_edd, bits=bits, scales=s.scales, thresholds=s.thresholds,
       outputs=s.outputs, damping=settings.damping, block_size=settings.block_size,
       symmetric=settings.symmetric, act_order=settings.act_order, refit=settings.refit,
-      ridge=settings.refit_ridge, level_dtype=level_dtype(w_edf, settings),
-      rounding=settings.method == 'rtn',
+      ridge=settings.refit_ridge, gain_weight=settings.gain_weight,
+      level_dtype=level_dtype(w_edf, settings), rounding=settings.method == 'rtn',
   )
 
 
@@ -193,7 +198,8 @@ def _attempt(w, h, bits, settings: Settings, dtype, grids) -> _Attempt:
     else:
       q = gptq_core.gptq(w, h, bits, **sweep)
     fit = refit_core.refit(
-        w, h, q, ridge=settings.refit_ridge, level_dtype=dtype, enabled=settings.refit
+        w, h, q, ridge=settings.refit_ridge, gain_weight=settings.gain_weight, level_dtype=dtype,
+        enabled=settings.refit,
     )
     levels, values = fit.levels, None
     before, after = np.asarray(fit.error_before.sum(1)), np.asarray(fit.error_after.sum(1))

@@ -142,8 +142,9 @@ def quantize(
     bits: str | int = 'ternary', *, method: str = 'gptq', damping: float = 0.1,
     block_size: int = 128, act_order: bool = False, group_size: int | None = None,
     symmetric: bool = False, true_sequential: bool = False, refit: bool = True,
-    refit_ridge: float = 0.1, grid_scale: float = 1.0, threshold: float = 0.5,
-    search: matrix.Search | None = None, storage: str = 'moejax', level_dtype: str = 'bfloat16',
+    refit_ridge: float = 0.1, gain_weight: float = 10.0, grid_scale: float = 1.0,
+    threshold: float = 0.5, search: matrix.Search | None = None, storage: str = 'moejax',
+    level_dtype: str = 'bfloat16',
     max_error: float | None = None, mask_special: bool = True, expert_group: int = 16,
     token_cap_factor: float = 4.0, layers: str = '.*',
 ) -> Quantize:
@@ -159,7 +160,8 @@ def quantize(
     symmetric: grids symmetric about 0.
     true_sequential: wo is calibrated behind the quantized wi instead of the original.
     refit: levels refitted by least squares after GPTQ; not with group_size. refit_ridge: how much
-      that holds to the weights where tokens are few.
+      that holds to the weights where tokens are few. gain_weight: how much more an output that is
+      too small as a whole counts, in refit and search, see `refit_core`; 0 is least squares.
     grid_scale, threshold: the ternary (or b-bit) range, and the share of it that rounds to a level.
     search: chooses grid_scale and threshold for each matrix instead; with its target_bits, so that
       each group of experts takes at most so many bits a weight, all metadata counted.
@@ -177,8 +179,9 @@ def quantize(
   settings = matrix.Settings(
       bits=bits, method=method, damping=damping, block_size=block_size, act_order=act_order,
       group_size=group_size, symmetric=symmetric, refit=refit and group_size is None,
-      refit_ridge=refit_ridge, grid_scale=grid_scale, threshold=threshold, search=search,
-      storage=storage, level_dtype=level_dtype, max_error=max_error,
+      refit_ridge=refit_ridge, gain_weight=gain_weight, grid_scale=grid_scale,
+      threshold=threshold, search=search, storage=storage, level_dtype=level_dtype,
+      max_error=max_error,
   )
   return Quantize(
       matrix=settings, true_sequential=true_sequential, mask_special=mask_special,

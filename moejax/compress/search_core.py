@@ -1,7 +1,8 @@
 """Choice of the grid of each matrix: range and threshold of least error, within a budget of bits.
 
 QMoE takes the full range and rounds at half. GPTQ on a sample of the outputs tells what another
-range and threshold would give: more zeros (so fewer bits) or less output error.
+range and threshold would give: more zeros (so fewer bits) or less output error. Narrow ranges and
+high thresholds also make the output smaller, which counts extra (see `refit_core`).
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,8 @@ THRESHOLDS = (0.5, 0.55, 0.6, 0.65)
 class Tried(NamedTuple):
   """What c grids gave on samples of e matrices; float32.
 
-  grid_scale, threshold: [c]. zeros, error: share of zeros and relative output error, [c, e].
+  grid_scale, threshold: [c]. zeros: share of zeros, [c, e]. error: relative output error, and
+  gain_weight times the square of the share of the output that is missing, [c, e].
   """
 
   grid_scale: np.ndarray
@@ -34,7 +36,7 @@ def try_grids(
     w_edf: jax.Array, h_edd: jax.Array, *, bits: str | int = 'ternary',
     scales: Sequence[float] = SCALES, thresholds: Sequence[float] = THRESHOLDS,
     outputs: int = 64, damping: float = 0.1, block_size: int = 128, refit: bool = True,
-    ridge: float = 0.1, level_dtype: Any = jnp.bfloat16, symmetric: bool = False,
+    ridge: float = 0.1, gain_weight: float = 0.0, level_dtype: Any = jnp.bfloat16, symmetric: bool = False,
     act_order: bool = False, rounding: bool = False,
 ) -> Tried:
   """Tries each (range, threshold) on evenly spread outputs of each matrix.
@@ -43,7 +45,7 @@ def try_grids(
     w_edf, h_edd: weights and undamped Hessians.
     bits: 'ternary'; with 2, 3, 4 only the range is varied.
     outputs: how many outputs a matrix is sampled at.
-    damping, block_size, refit, ridge, level_dtype, symmetric, act_order: as the quantization to
+    damping, block_size, refit, ridge, gain_weight, level_dtype, symmetric, act_order: as the quantization to
       come. rounding: it will be RTN.
   """
   step = max(1, w_edf.shape[2] // outputs)
@@ -71,10 +73,11 @@ def try_grids(
       symbols, error = gptq_core.sweep_factored(w, r, grid, block_size=block_size)
       q = gptq_core.Quantized(symbols, grid, gptq_core.values_of(grid, symbols), error, failed, lam)
     fit = refit_core.refit(
-        w, h_edd, q, ridge=ridge, level_dtype=level_dtype, enabled=refit
+        w, h_edd, q, ridge=ridge, gain_weight=gain_weight, level_dtype=level_dtype, enabled=refit
     )
     zeros.append(np.asarray((q.symbols == 0).mean(axis=(1, 2))))
-    errors.append(np.asarray(fit.error_after.sum(1)) / total)
+    missing = np.asarray(fit.gain_error.sum(1)) / total
+    errors.append(np.asarray(fit.error_after.sum(1)) / total + gain_weight * missing**2)
   scale_c, threshold_c = np.asarray(tried, np.float32).T
   return Tried(scale_c, threshold_c, np.stack(zeros), np.stack(errors))
 

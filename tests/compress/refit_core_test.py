@@ -26,14 +26,18 @@ def values(quantized, levels, bits):
 @pytest.mark.parametrize('bits', ['ternary', 2, 3, 4])
 @pytest.mark.parametrize('method', ['gptq', 'rtn'])
 @pytest.mark.parametrize('tokens', [3, 40, 500])
-def test_refit_never_raises_the_error_it_reports(bits, method, tokens):
+@pytest.mark.parametrize('gain_weight', [0.0, 10.0])
+def test_refit_never_raises_the_error_it_reports(bits, method, tokens, gain_weight):
   w, h = problem(tokens)
   q = gptq_core.rtn(w, bits) if method == 'rtn' else gptq_core.gptq(w, h, bits)
-  fit = refit_core.refit(w, h, q)
+  fit = refit_core.refit(w, h, q, gain_weight=gain_weight)
   assert (fit.error_after <= fit.error_before).all()
   assert fit.error_after.sum() < fit.error_before.sum()
   exact = hessian_core.quadratic(h, w - values(q, fit.levels, bits))
   np.testing.assert_allclose(fit.error_after.sum(), exact.sum(), rtol=2e-3)
+  left = jnp.sum(jnp.einsum('edc,ecf->edf', h, w) * (w - values(q, fit.levels, bits)), axis=1)
+  scale = hessian_core.quadratic(h, w)
+  np.testing.assert_allclose(fit.gain_error / scale, left / scale, atol=1e-5)
   rounded = fit.levels.astype(jnp.bfloat16).astype(jnp.float32)
   np.testing.assert_array_equal(fit.levels, rounded)
 
@@ -73,3 +77,18 @@ def test_disabled_only_rounds():
   fit = refit_core.refit(w, h, q, enabled=False)
   np.testing.assert_array_equal(fit.levels[..., 0], q.grid.low[:, 0].astype(jnp.bfloat16))
   np.testing.assert_array_equal(fit.error_after, fit.error_before)
+
+
+@pytest.mark.parametrize('bits', ['ternary', 2])
+def test_least_squares_shrinks_the_output_and_the_gain_weight_holds_it(bits):
+  w, h = problem(500, 192, 96)
+  q = gptq_core.gptq(w, h, bits)
+  size = hessian_core.quadratic(h, w).sum()
+  missing = lambda weight: float(
+      refit_core.refit(w, h, q, gain_weight=weight).gain_error.sum() / size
+  )
+  least_squares, held = missing(0.0), missing(10.0)
+  # The fit is orthogonal to its error, so what is missing is exactly the error.
+  error = refit_core.refit(w, h, q, ridge=0.0, level_dtype=jnp.float32).error_after.sum() / size
+  assert least_squares > 0.9 * error > 0
+  assert abs(held) < 0.5 * least_squares
