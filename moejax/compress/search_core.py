@@ -36,8 +36,8 @@ def try_grids(
     w_edf: jax.Array, h_edd: jax.Array, *, bits: str | int = 'ternary',
     scales: Sequence[float] = SCALES, thresholds: Sequence[float] = THRESHOLDS,
     outputs: int = 64, damping: float = 0.1, block_size: int = 128, refit: bool = True,
-    ridge: float = 0.1, gain_weight: float = 0.0, level_dtype: Any = jnp.bfloat16, symmetric: bool = False,
-    act_order: bool = False, rounding: bool = False,
+    ridge: float = 0.1, gain_weight: float = 0.0, level_dtype: Any = jnp.bfloat16,
+    symmetric: bool = False, act_order: bool = False, rounding: bool = False,
 ) -> Tried:
   """Tries each (range, threshold) on evenly spread outputs of each matrix.
 
@@ -45,8 +45,8 @@ def try_grids(
     w_edf, h_edd: weights and undamped Hessians.
     bits: 'ternary'; with 2, 3, 4 only the range is varied.
     outputs: how many outputs a matrix is sampled at.
-    damping, block_size, refit, ridge, gain_weight, level_dtype, symmetric, act_order: as the quantization to
-      come. rounding: it will be RTN.
+    damping, block_size, refit, ridge, gain_weight, level_dtype, symmetric, act_order: as the
+      quantization to come. rounding: it will be RTN.
   """
   step = max(1, w_edf.shape[2] // outputs)
   w = w_edf[:, :, ::step][:, :, :outputs].astype(jnp.float32)
