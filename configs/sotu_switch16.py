@@ -19,10 +19,10 @@ TRAIN = tuple(f'{SPEECHES}???{digit}_*.txt' for digit in '12346789')
 VALID = (f'{SPEECHES}???5_*.txt',)
 TEST = (f'{SPEECHES}???0_*.txt',)
 
-MODEL = config.ModelConfig(
+MODEL = config.EncDecConfig(
     family='switch', vocab_size=512, d_model=256, d_kv=32, d_ff=1024, num_heads=4,
     num_layers=2, num_decoder_layers=2, tie_embeddings=False, dropout_rate=0.0,
-    moe=config.MoeConfig(
+    moe=config.EncDecMoeConfig(
         num_experts=16, router_aux_loss_coef=0.02, router_ignore_padding_tokens=True
     ),
 )

@@ -20,8 +20,10 @@ __version__ = '0.1.0'
 _PUBLIC = {
     # models
     'Model': 'moejax.model',
-    'ModelConfig': 'moejax.config',
-    'MoeConfig': 'moejax.config',
+    'EncDecConfig': 'moejax.config',
+    'EncDecMoeConfig': 'moejax.config',
+    'DecoderConfig': 'moejax.config',
+    'DecoderMoeConfig': 'moejax.config',
     'Experiment': 'moejax.config',
     'preset': 'moejax.presets',
     'apply_fn': 'moejax.model',

@@ -1,5 +1,6 @@
 """Model: a configuration and its params as one pytree."""
 
+from collections.abc import Mapping
 import dataclasses
 import functools
 import pathlib
@@ -10,53 +11,83 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moejax import sharding, store, tree
-from moejax.config import ModelConfig
+from moejax.config import DecoderConfig, ModelConfig
 from moejax.errors import UserError, did_you_mean
-from moejax.nn.switch import Output, SwitchTransformer
+from moejax.nn import decoder, switch
+from moejax.nn.outputs import Output
 
 
 def apply_fn(
     config: ModelConfig,
     params: Any,
-    encoder_tokens: jax.Array,
-    decoder_tokens: jax.Array,
-    *,
-    encoder_mask: jax.Array | None = None,
-    decoder_mask: jax.Array | None = None,
+    *tokens: jax.Array,
     train: bool = False,
     key: jax.Array | None = None,
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
     remat: bool = False,
+    **inputs: Any,
 ) -> Output:
-  """Runs the encoder-decoder: a pure function of params and tokens.
+  """Runs a model: a pure function of params and tokens.
 
   Args:
     config: which model the params belong to.
     params: nested dict of arrays or weight nodes.
-    encoder_tokens: int32 [b, s]. decoder_tokens: int32 [b, t], already shifted right.
-    encoder_mask, decoder_mask: bool, True for real tokens; None when nothing is padding.
-    train: dropout and router jitter; needs `key`.
+    tokens: of an encoder-decoder, encoder_tokens int32 [b, s] and decoder_tokens int32 [b, t], the
+      latter shifted right already; of a decoder, tokens int32 [b, t].
+    train: dropout, router noise and sampling; needs `key`.
     dtype: of activations; the router, norms, softmax and logits stay float32.
     mesh: shards the batch and the experts; None runs on one device.
     remat: recompute each layer in the backward pass.
+    inputs: of an encoder-decoder, encoder_mask and decoder_mask, bool, True for real tokens; of a
+      decoder, positions_bt (default 0, 1, ...), segments_bt (packed documents by number, which do
+      not see each other) and valid_bt (True for real tokens). All may be left out.
   """
-  module = SwitchTransformer(config, mesh, train, remat, jnp.dtype(dtype))
-  rngs = None
-  if train:
-    if key is None:
-      raise ValueError('train=True needs a key for dropout and router jitter')
-    rngs = {'dropout': jax.random.fold_in(key, 0), 'router': jax.random.fold_in(key, 1)}
-  output: Any = module.apply(
-      {'params': params}, encoder_tokens, decoder_tokens, encoder_mask, decoder_mask, rngs=rngs
+  if train and key is None:
+    raise ValueError('train=True needs a key for dropout and routing')
+  run: Any = decoder.forward if isinstance(config, DecoderConfig) else switch.forward
+  return run(
+      config, params, *tokens, key=key if train else None, dtype=jnp.dtype(dtype), mesh=mesh,
+      remat=remat, **inputs,
   )
-  return output
+
+
+def forward(
+    config: ModelConfig,
+    params: Any,
+    batch: Mapping[str, jax.Array],
+    *,
+    key: jax.Array | None = None,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    remat: bool = False,
+) -> Output:
+  """`apply_fn` on a batch as `moejax.data` lays it out, its padding masked.
+
+  With a key in training mode. An encoder-decoder's batch has encoder_tokens, decoder_tokens and
+  weights; a decoder's has tokens, segments and positions.
+  """
+  run = functools.partial(
+      apply_fn, config, params, train=key is not None, key=key, dtype=dtype, mesh=mesh, remat=remat
+  )
+  if isinstance(config, DecoderConfig):
+    return run(
+        batch['tokens'], positions_bt=batch['positions'], segments_bt=batch['segments'],
+        valid_bt=batch['segments'] > 0,
+    )
+  skip = config.moe is not None and config.moe.router_ignore_padding_tokens
+  return run(
+      batch['encoder_tokens'], batch['decoder_tokens'],
+      encoder_mask=batch['encoder_tokens'] != config.pad_id,
+      decoder_mask=batch['weights'] > 0 if skip else None,
+  )
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Any:
-  """Random float32 params, T5's initialisation."""
-  tokens = jnp.zeros((1, 2), jnp.int32)
-  return SwitchTransformer(config).init(key, tokens, tokens)['params']
+  """Random float32 params: T5's initialisation, or one standard deviation for a decoder."""
+  if isinstance(config, DecoderConfig):
+    return decoder.init(config, key)
+  return switch.init(config, key)
 
 
 def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> Any:
@@ -107,9 +138,9 @@ class Model:
   def abstract(cls, config: ModelConfig, dtype: Any = jnp.float32) -> 'Model':
     return cls(config, abstract_params(config, dtype))
 
-  def apply(self, encoder_tokens: jax.Array, decoder_tokens: jax.Array, **kwargs) -> Output:
+  def apply(self, *tokens: jax.Array, **kwargs) -> Output:
     """See `apply_fn`."""
-    return apply_fn(self.config, self.params, encoder_tokens, decoder_tokens, **kwargs)
+    return apply_fn(self.config, self.params, *tokens, **kwargs)
 
   @classmethod
   def load(cls, folder: str | pathlib.Path, mesh: Mesh | None = None) -> 'Model':

@@ -3,7 +3,7 @@
 Sizes are those of arXiv 2101.03961 (table 1), arXiv 1910.10683 and the released checkpoints.
 """
 
-from moejax.config import ModelConfig, MoeConfig
+from moejax.config import EncDecConfig, EncDecMoeConfig, ModelConfig
 from moejax.errors import UserError, did_you_mean
 
 _SWITCH_BASE = dict(
@@ -37,17 +37,17 @@ _T5_V1_1 = {
 }
 
 
-def _switch(shape: dict, num_experts: int, step: int = 2) -> ModelConfig:
-  moe = MoeConfig(
+def _switch(shape: dict, num_experts: int, step: int = 2) -> EncDecConfig:
+  moe = EncDecMoeConfig(
       num_experts=num_experts, encoder_sparse_step=step, decoder_sparse_step=step,
       expert_capacity=64,
   )
-  return ModelConfig(family='switch', vocab_size=32128, moe=moe, **shape)
+  return EncDecConfig(family='switch', vocab_size=32128, moe=moe, **shape)
 
 
-def _t5(sizes: tuple[int, ...], **kwargs) -> ModelConfig:
+def _t5(sizes: tuple[int, ...], **kwargs) -> EncDecConfig:
   d_model, d_kv, d_ff, heads, layers = sizes
-  return ModelConfig(
+  return EncDecConfig(
       family='t5', vocab_size=32128, d_model=d_model, d_kv=d_kv, d_ff=d_ff, num_heads=heads,
       num_layers=layers, num_decoder_layers=layers, **kwargs,
   )

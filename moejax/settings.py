@@ -27,8 +27,7 @@ class Checked:
     for field in dataclasses.fields(self):  # type: ignore[arg-type]
       name, value = f'{self.section}{field.name}', getattr(self, field.name)
       if dataclasses.is_dataclass(value):
-        wanted = _dataclass_in(hints[field.name])
-        if wanted is None or not isinstance(value, wanted):
+        if not isinstance(value, _dataclasses_in(hints[field.name])):
           raise UserError(f'{name}: a {type(value).__name__} has no place here')
         continue
       value = _convert(hints[field.name], value, name)
@@ -44,9 +43,14 @@ def to_json(config: Any) -> Any:
 
 
 def from_json(cls: type[T], values: Mapping[str, Any], where: str = '') -> T:
-  """Builds a config from JSON values; an unknown or ill-typed field raises UserError."""
+  """Builds a config from JSON values; an unknown or ill-typed field raises UserError.
+
+  Of a union of dataclasses it is the one that has the values' 'family' among its `families`.
+  """
   if not isinstance(values, Mapping):
-    raise UserError(f'{where or cls.__name__}: expected an object, found {values!r}')
+    name = getattr(cls, '__name__', 'settings')
+    raise UserError(f'{where or name}: expected an object, found {values!r}')
+  cls = _of_family(_dataclasses_in(cls), values.get('family'), where)
   fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
   hints = typing.get_type_hints(cls)
   kwargs = {}
@@ -65,12 +69,27 @@ def from_json(cls: type[T], values: Mapping[str, Any], where: str = '') -> T:
   return cls(**kwargs)
 
 
+def _of_family(options: tuple[Any, ...], family: Any, where: str) -> Any:
+  """The one dataclass of several that knows a family; without a family, the first."""
+  if len(options) == 1 or family is None:
+    return options[0]
+  known = {name: option for option in options for name in option.families}
+  if family not in known:
+    raise UserError(
+        f'{where + "." if where else ""}family = {family!r}: one of {tuple(known)}'
+        f'{did_you_mean(str(family), known)}'
+    )
+  return known[family]
+
+
 def _convert(hint: Any, value: Any, path: str) -> Any:
   origin = typing.get_origin(hint)
   if origin in (types.UnionType, typing.Union):
     options = typing.get_args(hint)
     if value is None and type(None) in options:
       return None
+    if _dataclasses_in(hint):
+      return from_json(hint, value, path)
     return _convert(next(o for o in options if o is not type(None)), value, path)
   if dataclasses.is_dataclass(hint):
     return from_json(hint, value, path)  # type: ignore[arg-type]
@@ -120,9 +139,9 @@ def _no_constant(name: str) -> Any:
   raise ValueError(f'{name} is no JSON')
 
 
-def _dataclass_in(hint: Any) -> Any:
-  """The dataclass that a field may hold, or None."""
-  return next((t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)), None)
+def _dataclasses_in(hint: Any) -> tuple[Any, ...]:
+  """The dataclasses that a field may hold."""
+  return tuple(t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t))
 
 
 def _paths(kind: Any, node: Any) -> Iterable[FieldPath]:
@@ -137,7 +156,7 @@ def _paths(kind: Any, node: Any) -> Iterable[FieldPath]:
     elif dataclasses.is_dataclass(value):
       entries = [((), type(value), value)]
     elif value is None:
-      entries = [((), _dataclass_in(hints[field.name]), None)]
+      entries = [((), inner, None) for inner in _dataclasses_in(hints[field.name])]
     for place, inner, entry in entries:
       if dataclasses.is_dataclass(inner):
         yield from ((field.name, *place, *rest) for rest in _paths(inner, entry))
@@ -186,7 +205,7 @@ def _replaced(node: Any, changes: Mapping[FieldPath, Any], where: FieldPath) -> 
           for mine in [{p[1:]: v for p, v in below.items() if p[0] == str(i)}]
       )
     elif below and value is None:
-      value = from_json(_dataclass_in(hints[name]), _nested(below), '.'.join(path))
+      value = from_json(hints[name], _nested(below), '.'.join(path))
     elif below:
       value = _replaced(value, below, path)
     new[name] = value

@@ -138,7 +138,7 @@ class Source:
     self._check_files(verify)
     values = files.read_json(self.folder / CONFIG)
     try:
-      self.config = config_lib.from_json(config_lib.ModelConfig, values)
+      self.config = config_lib.model_from_json(values)
     except UserError as error:
       raise UserError(f'{self.folder / CONFIG}: {error}') from error
     self._infos = safetensors_io.read_folder(self.folder)

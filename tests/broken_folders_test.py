@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from moejax import files, model, store, tree, weights
-from moejax.config import ModelConfig, MoeConfig
+from moejax.config import EncDecConfig, EncDecMoeConfig
 from moejax.convert import folder as convert
 from moejax.errors import UserError
 
-CONFIG = ModelConfig(
+CONFIG = EncDecConfig(
     vocab_size=32, d_model=16, d_kv=4, d_ff=24, num_heads=2, num_layers=2, num_decoder_layers=2,
-    moe=MoeConfig(num_experts=3),
+    moe=EncDecMoeConfig(num_experts=3),
 )
 GONE = object()
 WRONG = (GONE, None, True, 3, -1, 0.5, 'x', [], {}, {'a': 1})

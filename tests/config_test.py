@@ -9,19 +9,19 @@ def tiny(**kwargs):
   values = dict(
       vocab_size=97, d_model=32, d_kv=8, d_ff=48, num_heads=4, num_layers=2, num_decoder_layers=2
   )
-  return config_lib.ModelConfig(**{**values, **kwargs})
+  return config_lib.EncDecConfig(**{**values, **kwargs})
 
 
 def test_json_round_trip_keeps_every_preset():
   for name, preset in presets.PRESETS.items():
-    again = config_lib.from_json(config_lib.ModelConfig, config_lib.to_json(preset))
+    again = config_lib.model_from_json(config_lib.to_json(preset))
     assert again == preset, name
 
 
 def test_unknown_field_names_the_nearest():
   values = {**config_lib.to_json(tiny()), 'd_modle': 3}
   with pytest.raises(UserError, match="'d_modle'.*did you mean 'd_model'"):
-    config_lib.from_json(config_lib.ModelConfig, values)
+    config_lib.model_from_json(values)
 
 
 @pytest.mark.parametrize('field, value, words', [
@@ -40,13 +40,13 @@ def test_missing_and_ill_typed_fields():
   values = config_lib.to_json(tiny())
   del values['d_ff']
   with pytest.raises(UserError, match="missing field 'd_ff'"):
-    config_lib.from_json(config_lib.ModelConfig, values)
+    config_lib.model_from_json(values)
   with pytest.raises(UserError, match='num_heads: expected int'):
-    config_lib.from_json(config_lib.ModelConfig, {**config_lib.to_json(tiny()), 'num_heads': '4'})
+    config_lib.model_from_json({**config_lib.to_json(tiny()), 'num_heads': '4'})
 
 
 def test_overrides_reach_nested_fields():
-  experiment = config_lib.Experiment(model=tiny(moe=config_lib.MoeConfig(num_experts=4)))
+  experiment = config_lib.Experiment(model=tiny(moe=config_lib.EncDecMoeConfig(num_experts=4)))
   changed = config_lib.apply_overrides(
       experiment, ['model.moe.num_experts=8', 'train.compute_dtype=bfloat16', 'optim.b1=0']
   )
@@ -63,9 +63,9 @@ def test_a_short_path_is_enough_where_it_names_one_field():
   experiment = config_lib.Experiment(model=tiny())
   change = lambda *settings: config_lib.apply_overrides(experiment, settings)
   assert change('steps=7') == change('train.steps=7') != experiment
-  assert change('moe.num_experts=8').model.moe == config_lib.MoeConfig(num_experts=8)
+  assert change('moe.num_experts=8').model.moe == config_lib.EncDecMoeConfig(num_experts=8)
   assert change('model.moe={"num_experts": 4}', 'moe.router_bias=true').model.moe == (
-      config_lib.MoeConfig(num_experts=4, router_bias=True)
+      config_lib.EncDecMoeConfig(num_experts=4, router_bias=True)
   )
   assert change('moe.num_experts=8', 'model.moe=null') == experiment
   with pytest.raises(UserError, match=r"'seed' is .* several fields: data\.seed, train\.seed"):
@@ -75,7 +75,7 @@ def test_a_short_path_is_enough_where_it_names_one_field():
 
 
 def test_settings_that_only_fit_together_are_changed_together():
-  experiment = config_lib.Experiment(model=tiny(moe=config_lib.MoeConfig(num_experts=4)))
+  experiment = config_lib.Experiment(model=tiny(moe=config_lib.EncDecMoeConfig(num_experts=4)))
   changed = config_lib.apply_overrides(experiment, ['model.family=t5', 'model.moe=null'])
   assert changed.model.family == 't5' and changed.model.moe is None
   with pytest.raises(UserError, match='must be null'):
@@ -109,5 +109,5 @@ def test_what_is_made_from_lists_and_integers_can_be_hashed():
     (4, 2, (1, 3)), (4, 1, (0, 1, 2, 3)), (4, 0, ()), (6, 3, (1, 4)), (1, 2, ()),
 ])
 def test_sparse_layers(layers, step, expected):
-  moe = config_lib.MoeConfig(num_experts=4, encoder_sparse_step=step)
+  moe = config_lib.EncDecMoeConfig(num_experts=4, encoder_sparse_step=step)
   assert tiny(num_layers=layers, moe=moe).sparse_layers('encoder') == expected

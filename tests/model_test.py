@@ -11,10 +11,10 @@ from moejax import config as config_lib
 from moejax import model, sharding, tree
 from moejax.nn import switch as switch_nn
 
-SWITCH = config_lib.ModelConfig(
+SWITCH = config_lib.EncDecConfig(
     vocab_size=97, d_model=32, d_kv=8, d_ff=64, num_heads=4, num_layers=2, num_decoder_layers=2,
     relative_attention_num_buckets=8, relative_attention_max_distance=16,
-    moe=config_lib.MoeConfig(num_experts=8, router_ignore_padding_tokens=True),
+    moe=config_lib.EncDecMoeConfig(num_experts=8, router_ignore_padding_tokens=True),
 )
 T5 = dataclasses.replace(
     SWITCH, family='t5', moe=None, gated=True, activation='gelu_new', tie_embeddings=False

@@ -51,9 +51,9 @@ def arrays(config) -> dict[str, np.ndarray]:
 
 
 def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
-  config = moejax.ModelConfig(
+  config = moejax.EncDecConfig(
       vocab_size=256, d_model=16, d_kv=8, d_ff=32, num_heads=2, num_layers=2, num_decoder_layers=2,
-      moe=moejax.MoeConfig(num_experts=4, expert_capacity=64),
+      moe=moejax.EncDecMoeConfig(num_experts=4, expert_capacity=64),
   )
   monkeypatch.chdir(tmp_path)
   moejax.to_hf(moejax.Model.init(config, jax.random.key(0)), 'google-switch-base-8')

@@ -75,9 +75,9 @@ import moejax.report
 import kernels_pallas.subbit_matmul.api
 
 assert 'font' in importlib.resources.files('moejax.report').joinpath('style.css').read_text()
-config = moejax.ModelConfig(
+config = moejax.EncDecConfig(
     vocab_size=150, d_model=4, d_kv=2, d_ff=4, num_heads=2, num_layers=2, num_decoder_layers=1,
-    moe=moejax.MoeConfig(num_experts=2, decoder_sparse_step=0),
+    moe=moejax.EncDecMoeConfig(num_experts=2, decoder_sparse_step=0),
 )
 model = moejax.Model.init(config, jax.random.key(0))
 tokens = np.arange(3, 15, dtype=np.int32)[None]

@@ -35,7 +35,7 @@ def random_params(config: config_lib.ModelConfig) -> Any:
 def main(quick: bool) -> list[dict[str, Any]]:
   batch, length = (2, 16) if quick else (2, 512)
   sizes: dict[str, Any] = SMALL if quick else {}
-  dropless = config_lib.MoeConfig(num_experts=8)
+  dropless = config_lib.EncDecMoeConfig(num_experts=8)
   config = dataclasses.replace(presets.preset('switch-base-8'), moe=dropless, **sizes)
   params = random_params(config)
   tokens = jax.random.randint(jax.random.key(1), (batch, length), 2, config.vocab_size)

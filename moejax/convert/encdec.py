@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
-from moejax.config import ModelConfig
+from moejax.config import EncDecConfig
 from moejax.convert.rules import Rule
 
 # T5 v1.0 files carry this one; the model never used it.
 IGNORED = (r'decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight',)
 
 
-def sizes(config: ModelConfig) -> dict[str, int]:
+def sizes(config: EncDecConfig) -> dict[str, int]:
   """Axis letters to sizes. `b` counts relative-position buckets here."""
   return {
       'v': config.vocab_size, 'd': config.d_model, 'n': config.num_heads, 'h': config.d_kv,
@@ -18,7 +18,7 @@ def sizes(config: ModelConfig) -> dict[str, int]:
   }
 
 
-def layers(config: ModelConfig) -> dict[str, Sequence[int]]:
+def layers(config: EncDecConfig) -> dict[str, Sequence[int]]:
   """The layer sets that rules run over: all, dense and sparse ones of each stack."""
   sets: dict[str, Sequence[int]] = {}
   for stack, n in (('encoder', config.num_layers), ('decoder', config.num_decoder_layers)):
@@ -47,7 +47,7 @@ def ffn_index(stack: str) -> int:
 
 
 def rules(
-    config: ModelConfig, *, untied_copies: bool = False, head: str = 'lm_head.weight'
+    config: EncDecConfig, *, untied_copies: bool = False, head: str = 'lm_head.weight'
 ) -> list[Rule]:
   """Everything but the FFNs.
 

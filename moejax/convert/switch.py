@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moejax.config import ModelConfig, MoeConfig
+from moejax.config import EncDecConfig, EncDecMoeConfig
 from moejax.convert import encdec, hf_config
 from moejax.convert.rules import Rule
 from moejax.errors import UserError
@@ -38,7 +38,7 @@ def num_sparse_for(layers: int, step: int, actual: int) -> int:
   return next(candidates, actual)
 
 
-def read_config(fields: hf_config.Fields) -> ModelConfig:
+def read_config(fields: hf_config.Fields) -> EncDecConfig:
   """Our config from Hugging Face's; explicit sparse steps overrule the numbers of sparse layers."""
   plain = fields.plain(DEFAULTS)
   steps = {}
@@ -53,7 +53,7 @@ def read_config(fields: hf_config.Fields) -> ModelConfig:
   fields.take('feed_forward_proj', None, str, type(None))
   activation = fields.activation(fields.take('dense_act_fn', 'relu', str))
   tied = fields.take('tie_word_embeddings', True, bool)
-  moe = MoeConfig(
+  moe = EncDecMoeConfig(
       num_experts=fields.take('num_experts', 8, int),
       router_bias=fields.take('router_bias', False, bool),
       router_jitter_noise=float(fields.take('router_jitter_noise', 0.01, int, float)),
@@ -62,18 +62,18 @@ def read_config(fields: hf_config.Fields) -> ModelConfig:
       router_aux_loss_coef=float(fields.take('router_aux_loss_coef', 0.001, int, float)),
       **steps,
   )
-  return ModelConfig(
+  return EncDecConfig(
       family='switch', activation=activation, gated=gated, tie_embeddings=tied, moe=moe, **plain
   )
 
 
-def write_config(config: ModelConfig) -> dict[str, Any]:
+def write_config(config: EncDecConfig) -> dict[str, Any]:
   """The inverse of `read_config`. Gated models raise UserError: transformers cannot run them."""
   if config.gated:
     raise UserError(
         'model.gated = true: transformers has no gated Switch Transformer: keep the moejax format'
     )
-  moe = config.moe or MoeConfig(num_experts=1, encoder_sparse_step=0, decoder_sparse_step=0)
+  moe = config.moe or EncDecMoeConfig(num_experts=1, encoder_sparse_step=0, decoder_sparse_step=0)
   values = hf_config.plain_values(config)
   for stack, layers, step in (
       ('encoder', config.num_layers, moe.encoder_sparse_step),
@@ -93,7 +93,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
   }
 
 
-def rules(config: ModelConfig, head: str = 'lm_head.weight') -> list[Rule]:
+def rules(config: EncDecConfig, head: str = 'lm_head.weight') -> list[Rule]:
   rows = encdec.rules(config, untied_copies=True, head=head)
   for stack in ('encoder', 'decoder'):
     mlp = f'{stack}.block.{{i}}.layer.{encdec.ffn_index(stack)}.mlp'

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from moejax.config import ModelConfig
+from moejax.config import EncDecConfig
 from moejax.convert import encdec, hf_config
 from moejax.convert.rules import Rule
 from moejax.errors import UserError
@@ -18,7 +18,7 @@ DEFAULTS = {
 }
 
 
-def read_config(fields: hf_config.Fields) -> ModelConfig:
+def read_config(fields: hf_config.Fields) -> EncDecConfig:
   """Our config from Hugging Face's.
 
   `feed_forward_proj` is 'relu' or 'gated-gelu' (which means gelu_new); `dense_act_fn` and
@@ -37,12 +37,12 @@ def read_config(fields: hf_config.Fields) -> ModelConfig:
   gated = fields.take('is_gated_act', first == 'gated', bool)
   tie = fields.take('tie_word_embeddings', True, bool)
   tied = fields.take('scale_decoder_outputs', tie, bool)
-  return ModelConfig(
+  return EncDecConfig(
       family='t5', activation=activation, gated=gated, tie_embeddings=tied, moe=None, **plain
   )
 
 
-def write_config(config: ModelConfig) -> dict[str, Any]:
+def write_config(config: EncDecConfig) -> dict[str, Any]:
   """The inverse of `read_config`."""
   name = 'gelu' if config.gated and config.activation == 'gelu_new' else config.activation
   return {
@@ -54,7 +54,7 @@ def write_config(config: ModelConfig) -> dict[str, Any]:
   }
 
 
-def rules(config: ModelConfig, head: str = 'lm_head.weight') -> list[Rule]:
+def rules(config: EncDecConfig, head: str = 'lm_head.weight') -> list[Rule]:
   rows = encdec.rules(config, head=head)
   for stack in ('encoder', 'decoder'):
     layer = f'{stack}.block.{{i}}.layer.{encdec.ffn_index(stack)}'

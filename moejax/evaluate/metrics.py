@@ -21,19 +21,6 @@ from moejax.train import step as step_lib
 Batch = Mapping[str, Any]
 
 
-def forward(
-    config: config_lib.ModelConfig, params: Any, batch: Batch, dtype: Any = jnp.float32
-) -> model_lib.Output:
-  """Logits and routing of a batch in evaluation mode; padding is masked as in training."""
-  skip = config.moe is not None and config.moe.router_ignore_padding_tokens
-  return model_lib.apply_fn(
-      config, params, batch['encoder_tokens'], batch['decoder_tokens'],
-      encoder_mask=batch['encoder_tokens'] != config.pad_id,
-      decoder_mask=batch['weights'] > 0 if skip else None,
-      dtype=dtype,
-  )
-
-
 def content_mask(
     config: config_lib.ModelConfig, batch: Batch, num_sentinels: int
 ) -> jax.Array:
@@ -115,7 +102,7 @@ def without_experts(params: Mapping[str, Any]) -> dict[str, Any]:
 @functools.partial(jax.jit, static_argnames=('config', 'num_sentinels', 'dtype'))
 def _batch_sums(params, batch, *, config, num_sentinels, dtype):
   """Logits of a batch, content mask, and sums; one program for a model and what it is held to."""
-  output = forward(config, params, batch, dtype)
+  output = model_lib.forward(config, params, batch, dtype=dtype)
   content = content_mask(config, batch, num_sentinels)
   sums = loss_sums(output.logits_btv, batch, content)
   return output.logits_btv, content, sums | layer_loads(output, batch, config.pad_id)

@@ -10,11 +10,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.config import ModelConfig
+from moejax.config import EncDecConfig
 from moejax.ops import attention
 
 
-def align(params: Any, config: ModelConfig) -> Any:
+def align(params: Any, config: EncDecConfig) -> Any:
   """Fresh params whose encoder looks near itself and whose decoder looks for its own tokens.
 
   The encoder's relative bias falls with distance: one head of four looks left, one right, one near
@@ -35,7 +35,7 @@ def align(params: Any, config: ModelConfig) -> Any:
   }
 
 
-def local_bias(config: ModelConfig, floor: float = -6.0) -> np.ndarray:
+def local_bias(config: EncDecConfig, floor: float = -6.0) -> np.ndarray:
   """Bias [buckets, n] that falls linearly with distance, not below `floor`; heads in turn."""
   buckets, reach = config.relative_attention_num_buckets, config.relative_attention_max_distance
   row = attention.relative_buckets(

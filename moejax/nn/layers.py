@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax import tree
-from moejax.config import ModelConfig
+from moejax.config import EncDecConfig, ModelConfig
 from moejax.ops import attention, ffn, norm
 
 
@@ -33,10 +33,18 @@ def normal(std: float) -> Callable:
   return nn.initializers.normal(std)
 
 
+def norm_params(module: nn.Module, c: ModelConfig, name: str = 'norm') -> tuple[Any, Any]:
+  """Declares a norm's scale `name` and, for a layer norm, its bias `name`_bias, else None."""
+  scale = weight(module, name, nn.initializers.ones, (c.d_model,))
+  if getattr(c, 'norm', 'rms') == 'rms':
+    return scale, None
+  return scale, weight(module, f'{name}_bias', nn.initializers.zeros, (c.d_model,))
+
+
 class Attention(nn.Module):
   """x + dropout(attend(norm(x))): self-attention, or cross-attention given a source."""
 
-  config: ModelConfig
+  config: EncDecConfig
   train: bool = False
 
   @nn.compact
@@ -45,14 +53,12 @@ class Attention(nn.Module):
   ) -> jax.Array:
     c = self.config
     heads = (c.num_heads, c.d_kv)
-    factor = c.initializer_factor
+    into = normal(c.init_std(c.d_model))
     params = {
-        'q': weight(self, 'q', normal(factor * (c.d_model * c.d_kv) ** -0.5), (c.d_model, *heads)),
-        'k': weight(self, 'k', normal(factor * c.d_model**-0.5), (c.d_model, *heads)),
-        'v': weight(self, 'v', normal(factor * c.d_model**-0.5), (c.d_model, *heads)),
-        'o': weight(
-            self, 'o', normal(factor * (c.num_heads * c.d_kv) ** -0.5), (*heads, c.d_model)
-        ),
+        'q': weight(self, 'q', normal(c.init_std(c.d_model * c.d_kv)), (c.d_model, *heads)),
+        'k': weight(self, 'k', into, (c.d_model, *heads)),
+        'v': weight(self, 'v', into, (c.d_model, *heads)),
+        'o': weight(self, 'o', normal(c.init_std(c.num_heads * c.d_kv)), (*heads, c.d_model)),
     }
     scale = weight(self, 'norm', nn.initializers.ones, (c.d_model,))
     normed = norm.rms_norm(x_btd, scale, c.norm_eps)
@@ -71,23 +77,26 @@ class DenseFfn(nn.Module):
   @nn.compact
   def __call__(self, x_btd: jax.Array) -> jax.Array:
     c = self.config
-    scale = weight(self, 'norm', nn.initializers.ones, (c.d_model,))
+    scale, bias = norm_params(self, c)
     params = ffn_params(self, c, ())
     dropout = nn.Dropout(c.dropout_rate, deterministic=not self.train)
-    y = ffn.dense_ffn(params, norm.rms_norm(x_btd, scale, c.norm_eps), c.activation, dropout)
+    y = ffn.dense_ffn(params, norm.norm(x_btd, scale, bias, c.norm_eps), c.activation, dropout)
     return x_btd + dropout(y)
 
 
-def ffn_params(module: nn.Module, c: ModelConfig, leading: tuple[int, ...]) -> dict[str, Any]:
-  """Declares wi, wo and, in a gated model, gate, with leading axes (the experts)."""
-  into = (*leading, c.d_model, c.d_ff)
+def ffn_params(
+    module: nn.Module, c: ModelConfig, leading: tuple[int, ...], d_ff: int | None = None
+) -> dict[str, Any]:
+  """Declares wi, wo and, in a gated model, gate, with leading axes (the experts), and biases."""
+  f = d_ff or c.d_ff
+  into = normal(c.init_std(c.d_model))
   params = {
-      'wi': weight(module, 'wi', normal(c.initializer_factor * c.d_model**-0.5), into),
-      'wo': weight(
-          module, 'wo', normal(c.initializer_factor * c.d_ff**-0.5),
-          (*leading, c.d_ff, c.d_model),
-      ),
+      'wi': weight(module, 'wi', into, (*leading, c.d_model, f)),
+      'wo': weight(module, 'wo', normal(c.init_std(f)), (*leading, f, c.d_model)),
   }
   if c.gated:
-    params['gate'] = weight(module, 'gate', normal(c.initializer_factor * c.d_model**-0.5), into)
+    params['gate'] = weight(module, 'gate', into, (*leading, c.d_model, f))
+  if not leading and getattr(c, 'ffn_bias', False):
+    params['wi_bias'] = weight(module, 'wi_bias', nn.initializers.zeros, (f,))
+    params['wo_bias'] = weight(module, 'wo_bias', nn.initializers.zeros, (c.d_model,))
   return params

@@ -6,10 +6,11 @@ from flax import linen as nn
 import jax
 from jax.sharding import Mesh
 
+from moejax import sharding
 from moejax.config import ModelConfig
-from moejax.nn.layers import ffn_params, normal, weight
-from moejax.ops import moe, norm
-from moejax.routing import switch
+from moejax.nn.layers import ffn_params, norm_params, normal, weight
+from moejax.ops import ffn, moe, norm
+from moejax.routing import router
 from moejax.routing.types import Routing
 
 
@@ -17,20 +18,27 @@ class Router(nn.Module):
   """Declares the router's float32 kernel and routes."""
 
   config: ModelConfig
+  mesh: Mesh | None = None
   train: bool = False
 
   @nn.compact
-  def __call__(self, x_btd: jax.Array, valid_bt: jax.Array | None = None) -> Routing:
-    c, m = self.config, self.config.moe
-    init = normal(c.initializer_factor * c.d_model**-0.5)
-    params = {'kernel': weight(self, 'kernel', init, (c.d_model, m.num_experts))}
+  def __call__(
+      self, x_btd: jax.Array, valid_bt: jax.Array | None = None, tokens_bt: jax.Array | None = None
+  ) -> Routing:
+    c = self.config
+    m: Any = c.moe
+    params = {'kernel': weight(self, 'kernel', normal(c.init_std(c.d_model)),
+                               (c.d_model, m.num_experts))}
     if m.router_bias:
       params['bias'] = weight(self, 'bias', nn.initializers.zeros, (m.num_experts,))
     if self.train and m.router_jitter_noise > 0:
-      x_btd = switch.jitter(x_btd, m.router_jitter_noise, self.make_rng('router'))
-    logits_bte = switch.router_logits(params, x_btd)
-    valid = valid_bt if m.router_ignore_padding_tokens else None
-    return switch.route(logits_bte, capacity=m.expert_capacity, valid_bt=valid)
+      x_btd = router.jitter(x_btd, m.router_jitter_noise, self.make_rng('router'))
+    logits_bte = router.router_logits(params, x_btd)
+    return router.route(
+        m, logits_bte, key=self.make_rng('router') if self.train else None,
+        valid_bt=valid_bt if m.router_ignore_padding_tokens else None, tokens_bt=tokens_bt,
+        groups=m.balance_groups or sharding.batch_ways(self.mesh),
+    )
 
 
 class Experts(nn.Module):
@@ -42,12 +50,30 @@ class Experts(nn.Module):
 
   @nn.compact
   def __call__(self, x_btd: jax.Array, routing: Routing) -> jax.Array:
-    params: dict[str, Any] = ffn_params(self, self.config, (self.config.moe.num_experts,))
-    rate = self.config.dropout_rate if self.train else 0.0
+    c = self.config
+    m: Any = c.moe
+    params = ffn_params(self, c, (m.num_experts,), getattr(m, 'd_ff', None))
+    rate = max(c.dropout_rate, m.expert_dropout_rate) if self.train else 0.0
     return moe.moe_ffn(
-        params, x_btd, routing, self.config.activation, mesh=self.mesh, dropout_rate=rate,
+        params, x_btd, routing, c.activation, mesh=self.mesh, dropout_rate=rate,
         dropout_key=self.make_rng('dropout') if rate > 0 else None,
     )
+
+
+class SharedExpert(nn.Module):
+  """The FFN that every token meets beside its choices, perhaps scaled by a sigmoid of the token."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(self, x_btd: jax.Array) -> jax.Array:
+    c = self.config
+    m: Any = c.moe
+    y = ffn.dense_ffn(ffn_params(self, c, (), m.shared_d_ff), x_btd, c.activation)
+    if m.shared_gate:
+      scale = weight(self, 'scale', normal(c.init_std(c.d_model)), (c.d_model, 1))
+      y = y * jax.nn.sigmoid(ffn.linear(x_btd, scale))
+    return y
 
 
 class MoeFfn(nn.Module):
@@ -58,20 +84,36 @@ class MoeFfn(nn.Module):
   train: bool = False
 
   def setup(self):
-    self.norm = weight(self, 'norm', nn.initializers.ones, (self.config.d_model,))
-    self.router = Router(self.config, self.train)
-    self.experts = Experts(self.config, self.mesh, self.train)
-    self.dropout = nn.Dropout(self.config.dropout_rate, deterministic=not self.train)
+    c = self.config
+    self.norm, self.norm_bias = norm_params(self, c)
+    self.router = Router(c, self.mesh, self.train)
+    self.experts = Experts(c, self.mesh, self.train)
+    if getattr(c.moe, 'shared_d_ff', 0):
+      self.shared = SharedExpert(c)
+    if c.moe.router == 'sparsemixer_v1':
+      self.omega = weight(self, 'omega', nn.initializers.ones, (c.d_model,))
+    self.dropout = nn.Dropout(c.dropout_rate, deterministic=not self.train)
 
   def route(
-      self, x_btd: jax.Array, valid_bt: jax.Array | None = None
+      self, x_btd: jax.Array, valid_bt: jax.Array | None = None, tokens_bt: jax.Array | None = None
   ) -> tuple[jax.Array, Routing]:
     """The normed input of the experts and where each token goes."""
-    normed = norm.rms_norm(x_btd, self.norm, self.config.norm_eps)
-    return normed, self.router(normed, valid_bt)
+    c = self.config
+    normed = norm.norm(x_btd, self.norm, self.norm_bias, c.norm_eps)
+    if self.train and c.moe.input_jitter_noise > 0:
+      noised = router.jitter(normed, c.moe.input_jitter_noise, self.make_rng('router'))
+      normed = noised.astype(normed.dtype)
+    return normed, self.router(normed, valid_bt, tokens_bt)
+
+  def beside(self, normed_btd: jax.Array) -> Any:
+    """What the shared expert adds, or 0."""
+    return self.shared(normed_btd) if getattr(self.config.moe, 'shared_d_ff', 0) else 0
 
   def __call__(
-      self, x_btd: jax.Array, valid_bt: jax.Array | None = None
+      self, x_btd: jax.Array, valid_bt: jax.Array | None = None, tokens_bt: jax.Array | None = None
   ) -> tuple[jax.Array, Routing]:
-    normed, routing = self.route(x_btd, valid_bt)
-    return x_btd + self.dropout(self.experts(normed, routing)), routing
+    normed, routing = self.route(x_btd, valid_bt, tokens_bt)
+    y = self.experts(normed, routing)
+    if self.config.moe.router == 'sparsemixer_v1':
+      y = y * self.omega.astype(y.dtype)[None, None]
+    return x_btd + self.dropout(y + self.beside(normed)), routing

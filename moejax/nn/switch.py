@@ -4,7 +4,6 @@ Layers can be run one at a time (`Layer.attend`, `Layer.feed_forward`), so that 
 than memory is walked with one layer's parameters.
 """
 
-import dataclasses
 from typing import Any
 
 from flax import linen as nn
@@ -13,28 +12,19 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moejax import sharding
-from moejax.config import ModelConfig
+from moejax.config import EncDecConfig
 from moejax.nn.layers import Attention, DenseFfn, normal, weight
 from moejax.nn.moe import MoeFfn
+from moejax.nn.outputs import Output
 from moejax.ops import attention, norm
 from moejax.ops.linear import linear
 from moejax.routing.types import Routing
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Output:
-  """logits_btv float32, the encoder's final hidden states, and each sparse layer's Routing."""
-
-  logits_btv: jax.Array
-  encoder_bsd: jax.Array
-  routings: dict[str, Routing]
-
-
 class Layer(nn.Module):
   """One encoder or decoder layer: attention(s), then a dense or sparse FFN."""
 
-  config: ModelConfig
+  config: EncDecConfig
   stack: str
   sparse: bool
   mesh: Mesh | None = None
@@ -82,7 +72,7 @@ class Layer(nn.Module):
 class Stack(nn.Module):
   """Layers under one relative position bias, closed by a norm."""
 
-  config: ModelConfig
+  config: EncDecConfig
   stack: str
   mesh: Mesh | None = None
   train: bool = False
@@ -137,7 +127,7 @@ class Stack(nn.Module):
 class Shared(nn.Module):
   """The token embedding, used by both stacks and, if tied, by the head."""
 
-  config: ModelConfig
+  config: EncDecConfig
 
   def setup(self):
     shape = (self.config.vocab_size, self.config.d_model)
@@ -150,7 +140,7 @@ class Shared(nn.Module):
 class Head(nn.Module):
   """Untied output projection."""
 
-  config: ModelConfig
+  config: EncDecConfig
 
   def setup(self):
     c = self.config
@@ -164,7 +154,7 @@ class Head(nn.Module):
 class SwitchTransformer(nn.Module):
   """Encoder-decoder over tokens; `config.moe` decides which layers hold experts."""
 
-  config: ModelConfig
+  config: EncDecConfig
   mesh: Mesh | None = None
   train: bool = False
   remat: bool = False
@@ -193,4 +183,33 @@ class SwitchTransformer(nn.Module):
     decoded, decoder_routings = self.decoder(
         self.embed(decoder_tokens), decoder_mask, encoded, encoder_mask
     )
-    return Output(self.logits(decoded), encoded, {**routings, **decoder_routings})
+    return Output(self.logits(decoded), {**routings, **decoder_routings}, encoded)
+
+
+def forward(
+    config: EncDecConfig,
+    params: Any,
+    encoder_tokens: jax.Array,
+    decoder_tokens: jax.Array,
+    *,
+    encoder_mask: jax.Array | None = None,
+    decoder_mask: jax.Array | None = None,
+    key: jax.Array | None = None,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    remat: bool = False,
+) -> Output:
+  """Logits of every decoder position; see `moejax.model.apply_fn`."""
+  rngs = None
+  if key is not None:
+    rngs = {'dropout': jax.random.fold_in(key, 0), 'router': jax.random.fold_in(key, 1)}
+  output: Any = SwitchTransformer(config, mesh, key is not None, remat, dtype).apply(
+      {'params': params}, encoder_tokens, decoder_tokens, encoder_mask, decoder_mask, rngs=rngs
+  )
+  return output
+
+
+def init(config: EncDecConfig, key: jax.Array) -> Any:
+  """Random float32 params, T5's initialisation."""
+  tokens = jnp.zeros((1, 2), jnp.int32)
+  return SwitchTransformer(config).init(key, tokens, tokens)['params']

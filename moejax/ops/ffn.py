@@ -20,16 +20,23 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 def dense_ffn(
     params: Mapping[str, Any], x: jax.Array, activation: str, dropout=None
 ) -> jax.Array:
-  """wo(act(wi x)), or wo(act(gate x) * (wi x)) where params hold a gate; x is [..., d]."""
+  """wo(act(wi x)), or wo(act(gate x) * (wi x)) where params hold a gate; x is [..., d].
+
+  wi_bias [f] and wo_bias [d] are added where params hold them.
+  """
   act = ACTIVATIONS[activation]
+  bias = lambda y, name: y + params[name].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
   hidden = linear(x, params['wi'])
+  if 'wi_bias' in params:
+    hidden = bias(hidden, 'wi_bias')
   if 'gate' in params:
     hidden = act(linear(x, params['gate'])) * hidden
   else:
     hidden = act(hidden)
   if dropout is not None:
     hidden = dropout(hidden)
-  return linear(hidden, params['wo'])
+  y = linear(hidden, params['wo'])
+  return bias(y, 'wo_bias') if 'wo_bias' in params else y
 
 
 def expert_ffn(

@@ -1,33 +1,10 @@
 """The Switch router: one expert a token (arXiv 2101.03961, section 2)."""
 
-from collections.abc import Mapping
-
 import jax
 import jax.numpy as jnp
 
 from moejax.routing import losses
 from moejax.routing.types import Routing
-
-
-def router_logits(params: Mapping[str, jax.Array], x_btd: jax.Array) -> jax.Array:
-  """Logits [b, t, e] in float32 whatever the activations' dtype (selective precision, 2.4)."""
-  logits_bte = jnp.einsum(
-      'btd,de->bte',
-      x_btd.astype(jnp.float32),
-      params['kernel'].astype(jnp.float32),
-      precision=jax.lax.Precision.HIGHEST,
-  )
-  if 'bias' in params:
-    logits_bte += params['bias'].astype(jnp.float32)[None, None]
-  return logits_bte
-
-
-def jitter(x_btd: jax.Array, amount: float, key: jax.Array) -> jax.Array:
-  """Multiplies the router's input by noise uniform in [1 - amount, 1 + amount] (2.2), float32."""
-  noise = jax.random.uniform(
-      key, x_btd.shape, jnp.float32, minval=1.0 - amount, maxval=1.0 + amount
-  )
-  return x_btd.astype(jnp.float32) * noise
 
 
 def capacity_mask(choice_bt: jax.Array, counted_bt: jax.Array, num_experts: int, capacity: int):

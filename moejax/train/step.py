@@ -43,20 +43,10 @@ def forward(
     key: jax.Array | None = None,
     mesh: Mesh | None = None,
 ) -> model.Output:
-  """Applies the model to a batch; with a key in training mode (dropout, router jitter)."""
-  config, train = experiment.model, experiment.train
-  skip_padding = config.moe is not None and config.moe.router_ignore_padding_tokens
-  return model.apply_fn(
-      config,
-      params,
-      batch['encoder_tokens'],
-      batch['decoder_tokens'],
-      encoder_mask=batch['encoder_tokens'] != config.pad_id,
-      decoder_mask=batch['weights'] > 0 if skip_padding else None,
-      train=key is not None,
-      key=key,
-      dtype=jnp.dtype(train.compute_dtype),
-      mesh=mesh,
+  """Applies the model to a batch as the run says; with a key in training mode."""
+  train = experiment.train
+  return model.forward(
+      experiment.model, params, batch, key=key, dtype=jnp.dtype(train.compute_dtype), mesh=mesh,
       remat=train.remat and key is not None,
   )
 

@@ -5,11 +5,11 @@ import numpy as np
 import pytest
 
 from moejax import account, model, store, tree, weights
-from moejax.config import ModelConfig, MoeConfig
+from moejax.config import EncDecConfig, EncDecMoeConfig
 
-CONFIG = ModelConfig(
+CONFIG = EncDecConfig(
     vocab_size=64, d_model=16, d_kv=4, d_ff=32, num_heads=2, num_layers=2, num_decoder_layers=2,
-    moe=MoeConfig(num_experts=4),
+    moe=EncDecMoeConfig(num_experts=4),
 )
 
 

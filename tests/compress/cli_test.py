@@ -11,7 +11,7 @@ import pytest
 
 import moejax
 from moejax import compress, weights
-from moejax.config import ModelConfig, MoeConfig
+from moejax.config import EncDecConfig, EncDecMoeConfig
 from moejax.data import tokenizer as tokenizer_lib
 from moejax.model import Model
 
@@ -35,9 +35,9 @@ def folder(tmp_path_factory):
   (root / 'empty.txt').write_text('')
   (root / 'binary.txt').write_bytes(bytes(range(256)))
   tokenizer = tokenizer_lib.train([TEXT], 512)
-  config = ModelConfig(
+  config = EncDecConfig(
       vocab_size=512, d_model=16, d_kv=8, d_ff=32, num_heads=2, num_layers=2,
-      num_decoder_layers=2, relative_attention_num_buckets=8, moe=MoeConfig(num_experts=4),
+      num_decoder_layers=2, relative_attention_num_buckets=8, moe=EncDecMoeConfig(num_experts=4),
   )
   Model.init(config, jax.random.key(0)).save(root / 'model')
   tokenizer.save(root / 'model')

@@ -15,7 +15,7 @@ import pytest
 
 from moejax import weights
 from moejax.compress import base, driver, parts, quantize
-from moejax.config import ModelConfig, MoeConfig
+from moejax.config import EncDecConfig, EncDecMoeConfig
 from moejax.errors import UserError
 from moejax.model import Model
 
@@ -23,10 +23,10 @@ ROOT = Path(__file__).parents[2]
 
 
 def tiny(layers=2, experts=4, d=16, ff=32, gated=False):
-  config = ModelConfig(
+  config = EncDecConfig(
       vocab_size=256, d_model=d, d_kv=8, d_ff=ff, num_heads=2, num_layers=layers,
       num_decoder_layers=2, relative_attention_num_buckets=8, gated=gated,
-      activation='gelu_new' if gated else 'relu', moe=MoeConfig(num_experts=experts),
+      activation='gelu_new' if gated else 'relu', moe=EncDecMoeConfig(num_experts=experts),
   )
   return Model.init(config, jax.random.key(0))
 

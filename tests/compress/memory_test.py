@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax import store, tree
-from moejax.config import ModelConfig, MoeConfig
+from moejax.config import EncDecConfig, EncDecMoeConfig
 from moejax.model import abstract_params
 
 ROOT = Path(__file__).parents[2]
@@ -28,10 +28,10 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
 def peak_bytes(tmp_path, layers):
   """Peak resident bytes of compressing a model with so many layers of 16 MiB of experts."""
-  config = ModelConfig(
+  config = EncDecConfig(
       vocab_size=256, d_model=128, d_kv=16, d_ff=512, num_heads=2, num_layers=layers,
       num_decoder_layers=1, relative_attention_num_buckets=8,
-      moe=MoeConfig(num_experts=32, encoder_sparse_step=1, decoder_sparse_step=0),
+      moe=EncDecMoeConfig(num_experts=32, encoder_sparse_step=1, decoder_sparse_step=0),
   )
   rng = np.random.default_rng(0)
   leaves = (

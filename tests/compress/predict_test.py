@@ -6,15 +6,15 @@ import pytest
 
 from moejax import account, compress, preset, quantize, store, tree
 from moejax.compress import Search, predict
-from moejax.config import ModelConfig, MoeConfig
+from moejax.config import EncDecConfig, EncDecMoeConfig
 from moejax.errors import UserError
 from moejax.model import Model, abstract_params
 
 
 def tiny():
-  config = ModelConfig(
+  config = EncDecConfig(
       vocab_size=256, d_model=128, d_kv=8, d_ff=256, num_heads=2, num_layers=2,
-      num_decoder_layers=2, relative_attention_num_buckets=8, moe=MoeConfig(num_experts=4),
+      num_decoder_layers=2, relative_attention_num_buckets=8, moe=EncDecMoeConfig(num_experts=4),
   )
   rng = np.random.default_rng(0)
   fill = lambda path, leaf: (

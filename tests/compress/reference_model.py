@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax import tree
-from moejax.config import ModelConfig, MoeConfig
+from moejax.config import EncDecConfig, EncDecMoeConfig
 from moejax.model import Model
 
 VECTORS = Path(__file__).parents[1] / 'vectors' / 'qmoe'
@@ -25,13 +25,15 @@ def model() -> Model:
   """The vectors' weights under our names."""
   data = arrays()
   hf = json.loads(str(data['config_json']))
-  config = ModelConfig(
+  config = EncDecConfig(
       vocab_size=hf['vocab_size'], d_model=hf['d_model'], d_kv=hf['d_kv'], d_ff=hf['d_ff'],
       num_heads=hf['num_heads'], num_layers=hf['num_layers'],
       num_decoder_layers=hf['num_decoder_layers'],
       relative_attention_num_buckets=hf['relative_attention_num_buckets'],
       relative_attention_max_distance=hf['relative_attention_max_distance'],
-      moe=MoeConfig(num_experts=hf['num_experts'], router_jitter_noise=0.0, expert_capacity=64),
+      moe=EncDecMoeConfig(
+          num_experts=hf['num_experts'], router_jitter_noise=0.0, expert_capacity=64
+      ),
   )
   weight = lambda name: data[f'w/{name}.weight']
   embedding = np.zeros((config.vocab_size, config.d_model), np.float32)

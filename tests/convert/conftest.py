@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from moejax import tree
-from moejax.config import ModelConfig, MoeConfig
+from moejax.config import EncDecConfig, EncDecMoeConfig
 from moejax.convert import folder as convert
 from moejax.model import Model
 
@@ -14,8 +14,8 @@ SIZES = dict(
 
 
 def tiny_config(**kwargs):
-  moe = MoeConfig(num_experts=3, expert_capacity=4, decoder_sparse_step=1)
-  return ModelConfig(**{**SIZES, 'family': 'switch', 'moe': moe, **kwargs})
+  moe = EncDecMoeConfig(num_experts=3, expert_capacity=4, decoder_sparse_step=1)
+  return EncDecConfig(**{**SIZES, 'family': 'switch', 'moe': moe, **kwargs})
 
 
 def random_model(config):

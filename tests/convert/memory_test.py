@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 
 from moejax import files, safetensors_io
-from moejax.config import ModelConfig, MoeConfig
+from moejax.config import EncDecConfig, EncDecMoeConfig
 from moejax.convert import folder as convert
 from moejax.convert import switch
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 MB = 1 << 20
-CONFIG = ModelConfig(
+CONFIG = EncDecConfig(
     vocab_size=512, d_model=512, d_kv=16, d_ff=2048, num_heads=4, num_layers=2,
     num_decoder_layers=2,
-    moe=MoeConfig(num_experts=16, encoder_sparse_step=1, decoder_sparse_step=1),
+    moe=EncDecMoeConfig(num_experts=16, encoder_sparse_step=1, decoder_sparse_step=1),
 )
 STACK = 16 * 512 * 2048 * 4  # the largest leaf: 64 MiB
 # The interpreter's and allocators' own coming and going.

@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 
 from moejax import safetensors_io, tree
-from moejax.config import ModelConfig, MoeConfig
+from moejax.config import EncDecConfig, EncDecMoeConfig
 from moejax.convert import checkpoint, folder, rules
 from moejax.errors import UserError
 from moejax.model import abstract_params
 
 SIZES = {'d': 3, 'n': 2, 'h': 5, 'f': 4, 'e': 6}
-TINY = ModelConfig(
+TINY = EncDecConfig(
     vocab_size=11, d_model=4, d_kv=3, d_ff=5, num_heads=2, num_layers=3, num_decoder_layers=2,
-    moe=MoeConfig(num_experts=3, decoder_sparse_step=1, router_bias=True),
+    moe=EncDecMoeConfig(num_experts=3, decoder_sparse_step=1, router_bias=True),
 )
 CONFIGS = {
     'switch': TINY,

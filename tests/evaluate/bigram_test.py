@@ -61,7 +61,7 @@ def test_probabilities_sum_to_one():
 
 
 def test_content_loss_by_hand():
-  config = config_lib.ModelConfig(
+  config = config_lib.EncDecConfig(
       vocab_size=8, d_model=4, d_kv=4, d_ff=4, num_heads=1, num_layers=1, num_decoder_layers=1,
       family='t5',
   )

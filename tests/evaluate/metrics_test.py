@@ -13,12 +13,12 @@ from moejax import evaluate
 from moejax import model as model_lib
 from moejax.errors import UserError
 from moejax.evaluate import metrics
-from moejax.nn.switch import Output
+from moejax.nn.outputs import Output
 from moejax.routing.types import Routing
 
-CONFIG = config_lib.ModelConfig(
+CONFIG = config_lib.EncDecConfig(
     vocab_size=40, d_model=8, d_kv=4, d_ff=16, num_heads=2, num_layers=1, num_decoder_layers=1,
-    dropout_rate=0.0, moe=config_lib.MoeConfig(
+    dropout_rate=0.0, moe=config_lib.EncDecMoeConfig(
         num_experts=3, encoder_sparse_step=1, decoder_sparse_step=1
     ),
 )
@@ -63,7 +63,7 @@ def test_loads_count_real_tokens_only():
       gate_mk=jnp.ones((4, 1)), logits_me=jnp.zeros((4, 3)), load_e=jnp.array([1, 1, 2]),
       load_balance_loss=jnp.float32(0), z_loss=jnp.float32(0),
   )
-  output = Output(jnp.zeros(()), jnp.zeros(()), {'encoder/layers_0/ffn': routing})
+  output = Output(jnp.zeros(()), {'encoder/layers_0/ffn': routing})
   batch = {'encoder_tokens': jnp.array([[7, 8, 9, 0]]), 'weights': jnp.ones((1, 2))}
   loads = metrics.layer_loads(output, batch, 0)
   np.testing.assert_array_equal(loads['chosen/encoder/layers_0/ffn'], [1, 0, 2])
@@ -115,7 +115,7 @@ def test_a_model_agrees_with_itself_and_losing_its_experts_changes_it():
   # The loss of the model's own logits, in NumPy.
   total = 0.0
   for batch in batches:
-    logits = np.asarray(metrics.forward(CONFIG, model.params, batch).logits_btv, np.float64)
+    logits = np.asarray(model_lib.forward(CONFIG, model.params, batch).logits_btv, np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     picked = np.take_along_axis(log_p, batch['targets'][..., None], -1)[..., 0]
     total -= picked[:, 1:4].sum()

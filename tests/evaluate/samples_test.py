@@ -10,7 +10,7 @@ from moejax.data import span_corruption
 from moejax.errors import UserError
 from moejax.evaluate import samples
 
-CONFIG = config_lib.ModelConfig(
+CONFIG = config_lib.EncDecConfig(
     vocab_size=64, d_model=4, d_kv=4, d_ff=4, num_heads=1, num_layers=1, num_decoder_layers=1,
     family='t5',
 )

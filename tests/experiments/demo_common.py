@@ -43,10 +43,10 @@ def make_checkpoint(folder: pathlib.Path) -> dict[str, str]:
   tokenizer = tokenizer_lib.train(texts, VOCAB, num_sentinels=20)
   (folder / 'tokenizer').mkdir()
   tokenizer.save(folder / 'tokenizer')
-  config = config_lib.ModelConfig(
+  config = config_lib.EncDecConfig(
       vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=32, num_heads=2, num_layers=1,
       num_decoder_layers=1, dropout_rate=0.0, tie_embeddings=False,
-      moe=config_lib.MoeConfig(
+      moe=config_lib.EncDecMoeConfig(
           num_experts=4, encoder_sparse_step=1, decoder_sparse_step=1,
           router_ignore_padding_tokens=True,
       ),

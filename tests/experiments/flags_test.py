@@ -38,8 +38,8 @@ CONFIG = '''
 from moejax import config as c
 
 def get_config(variant=''):
-  moe = c.MoeConfig(num_experts=4 if variant == 'small' else 8)
-  return c.Experiment(model=c.ModelConfig(
+  moe = c.EncDecMoeConfig(num_experts=4 if variant == 'small' else 8)
+  return c.Experiment(model=c.EncDecConfig(
       vocab_size=9, d_model=8, d_kv=4, d_ff=8, num_heads=2, num_layers=2, num_decoder_layers=2,
       moe=moe))
 '''
@@ -69,8 +69,8 @@ def test_a_config_file_with_variant_and_overrides(tmp_path):
         ('def get_config():\n  return Experment()', r"line 2: no name 'Experment'"),
         ('from moejax import config as c\ndef get_config():\n  return c.Experment()',
          r"line 3: .* has no attribute 'Experment' \(did you mean 'Experiment'\?\)"),
-        ('from moejax import config as c\nMOE = c.MoeConfig(\n  num_expert=8)',
-         r"line 2: MoeConfig has no field 'num_expert' \(did you mean 'num_experts'\?\)"),
+        ('from moejax import config as c\nMOE = c.EncDecMoeConfig(\n  num_expert=8)',
+         r"line 2: EncDecMoeConfig has no field 'num_expert' \(did you mean 'num_experts'\?\)"),
         ('from moejax.config import *\ndef get_config():\n  return TrainConfig(stepz=3)',
          r"line 3: TrainConfig has no field 'stepz' \(did you mean 'steps'\?\)"),
         ('import dataclasses\nfrom moejax import config as c\nbase = c.TrainConfig()\n'
@@ -78,11 +78,11 @@ def test_a_config_file_with_variant_and_overrides(tmp_path):
          r"line 5: TrainConfig has no field 'log_evry' \(did you mean 'log_every'\?\)"),
         ('import moejax\ndef get_config():\n  return moejax.quantize(dampin=0.1)',
          r"line 3: quantize has no field 'dampin' \(did you mean 'damping'\?\)"),
-        ('from moejax import config as c\ndef get_config():\n  return c.ModelConfig(d_model=3)',
-         "line 3: ModelConfig lacks 'vocab_size', 'd_kv'"),
+        ('from moejax import config as c\ndef get_config():\n  return c.EncDecConfig(d_model=3)',
+         "line 3: EncDecConfig lacks 'vocab_size', 'd_kv'"),
         ("from moejax import config as c\ndef get_config():\n  return c.TrainConfig(steps='3')",
          "line 3: train.steps: expected int, found '3'"),
-        ('from moejax import config as c\nx = c.MoeConfig(num_experts=0)',
+        ('from moejax import config as c\nx = c.EncDecMoeConfig(num_experts=0)',
          'line 2: moe.num_experts = 0: at least 1'),
         ('def get_config():\n  return {}["model"]', r"line 2: KeyError: 'model'"),
     ],

@@ -9,7 +9,7 @@ from moejax import model, tree
 from moejax.nn import aligned
 from moejax.ops import attention, linear, norm
 
-CONFIG = config_lib.ModelConfig(
+CONFIG = config_lib.EncDecConfig(
     family='t5', vocab_size=97, d_model=64, d_kv=16, d_ff=64, num_heads=4, num_layers=2,
     num_decoder_layers=2,
 )

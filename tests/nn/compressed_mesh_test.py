@@ -16,10 +16,10 @@ from moejax.routing import switch
 
 E, D, F = 8, 32, 64
 QUICK = {'xla_backend_optimization_level': '0'}
-CONFIG = config_lib.ModelConfig(
+CONFIG = config_lib.EncDecConfig(
     vocab_size=61, d_model=D, d_kv=8, d_ff=F, num_heads=4, num_layers=1, num_decoder_layers=1,
     relative_attention_num_buckets=8, relative_attention_max_distance=16,
-    moe=config_lib.MoeConfig(num_experts=E, encoder_sparse_step=1, decoder_sparse_step=1),
+    moe=config_lib.EncDecMoeConfig(num_experts=E, encoder_sparse_step=1, decoder_sparse_step=1),
 )
 
 

@@ -149,9 +149,9 @@ def test_gradients_pass_where_units_are_kept():
   np.testing.assert_array_equal(pull(jnp.ones_like(x))[0], np.where(np.asarray(out) != 0, 2.0, 0))
 
 
-CONFIG = config_lib.ModelConfig(
+CONFIG = config_lib.EncDecConfig(
     vocab_size=61, d_model=D, d_kv=8, d_ff=32, num_heads=2, num_layers=1, num_decoder_layers=1,
-    dropout_rate=0.0, moe=config_lib.MoeConfig(
+    dropout_rate=0.0, moe=config_lib.EncDecMoeConfig(
         num_experts=E, encoder_sparse_step=1, decoder_sparse_step=1, router_jitter_noise=0.0
     ),
 )

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.routing import dispatch, losses, switch
+from moejax.routing import dispatch, losses, router, switch
 
 
 def logits_for(choices, experts, high=2.0):
@@ -63,7 +63,7 @@ def test_z_loss_by_hand():
 def test_router_computes_in_float32_from_bfloat16():
   x = jax.random.normal(jax.random.key(0), (2, 5, 64)).astype(jnp.bfloat16)
   kernel = jax.random.normal(jax.random.key(1), (64, 8))
-  logits = switch.router_logits({'kernel': kernel}, x)
+  logits = router.router_logits({'kernel': kernel}, x)
   assert logits.dtype == jnp.float32
   exact = np.asarray(x, np.float64) @ np.asarray(kernel, np.float64)
   np.testing.assert_allclose(logits, exact, atol=1e-5)
@@ -71,9 +71,9 @@ def test_router_computes_in_float32_from_bfloat16():
 
 def test_jitter_stays_in_its_band_and_needs_its_key():
   x = jnp.ones((4, 8, 16))
-  noisy = np.asarray(switch.jitter(x, 0.01, jax.random.key(0)))
+  noisy = np.asarray(router.jitter(x, 0.01, jax.random.key(0)))
   assert noisy.min() >= 0.99 and noisy.max() <= 1.01 and noisy.std() > 0.004
-  np.testing.assert_array_equal(noisy, switch.jitter(x, 0.01, jax.random.key(0)))
+  np.testing.assert_array_equal(noisy, router.jitter(x, 0.01, jax.random.key(0)))
 
 
 def test_router_gradient_flows_through_gate_and_balance_loss_only():

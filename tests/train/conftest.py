@@ -22,10 +22,10 @@ VOCAB = 384
 def experiment(**overrides: Any) -> config_lib.Experiment:
   """Two sparse layers of four experts; overrides are 'section__field' = value."""
   base = config_lib.Experiment(
-      model=config_lib.ModelConfig(
+      model=config_lib.EncDecConfig(
           vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=64, num_heads=4, num_layers=1,
           num_decoder_layers=1, dropout_rate=0.0,
-          moe=config_lib.MoeConfig(
+          moe=config_lib.EncDecMoeConfig(
               num_experts=4, encoder_sparse_step=1, decoder_sparse_step=1, router_jitter_noise=0.0
           ),
       ),

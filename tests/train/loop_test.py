@@ -26,10 +26,10 @@ from moejax import config as c
 
 def get_config():
   return c.Experiment(
-      model=c.ModelConfig(
+      model=c.EncDecConfig(
           vocab_size=320, d_model=16, d_kv=8, d_ff=32, num_heads=2, num_layers=1,
           num_decoder_layers=1, dropout_rate=0.1,
-          moe=c.MoeConfig(num_experts=2, encoder_sparse_step=1, decoder_sparse_step=1)),
+          moe=c.EncDecMoeConfig(num_experts=2, encoder_sparse_step=1, decoder_sparse_step=1)),
       data=c.DataConfig(train_files=({train!r},), valid_files=({valid!r},), encoder_length=24,
                         num_sentinels=10),
       optim=c.OptimConfig(warmup_steps=2, learning_rate=0.01),

@@ -1,0 +1,106 @@
+"""Settings of sparse layers that every architecture shares: experts, router, losses."""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any, ClassVar
+
+from moejax.errors import UserError, did_you_mean
+from moejax.settings import Checked
+
+# Each is a function in moejax.routing; see moejax.routing.route.
+ROUTERS = (
+    'switch', 'gshard', 'topk', 'sparsemixer_v1', 'sparsemixer_v2', 'sparsemixer_v2_star',
+    'sampled_gating', 'straight_through', 'reinmax', 'reinforce', 'densemixer', 'threshold', 'hash',
+)
+VARIANTS = ('reference', 'paper')
+BALANCES = ('global', 'local', 'pooled')
+
+
+def require(condition: bool, field: str, value: Any, rule: str) -> None:
+  """Raises UserError('field = value: rule') unless the condition holds."""
+  if not condition:
+    raise UserError(f'{field} = {value!r}: {rule}')
+
+
+def require_known(value: str, field: str, known: tuple[str, ...]) -> None:
+  """Raises UserError with the nearest name unless the value is among the known ones."""
+  require(value in known, field, value, f'one of {known}{did_you_mean(value, known)}')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoeConfig(Checked):
+  """What a token's way to its experts depends on.
+
+  num_experts, top_k: experts of a layer, and how many of them a token meets; `threshold` and the
+    dense estimators meet as many as their rule says.
+  router: one of ROUTERS. normalize_gates: the gates of a token's choices are made to sum to 1.
+  jitter_eps: SparseMixer's candidates are the experts whose logits are this near to the largest
+    (GRIN, arXiv 2409.12136, eq. 2). variant: 'reference' is the released code, 'paper' the text,
+    where the two differ. euler_on_argmax: SparseMixer's first-order rule for the top expert.
+  threshold: the probability that the chosen experts reach together, for router 'threshold'.
+  router_jitter_noise: in training the router's input is multiplied by noise in 1 +- this;
+    input_jitter_noise: the experts' input with it.
+  expert_dropout_rate: of the experts' hidden units in training.
+  expert_capacity: tokens an expert takes from one sequence, or capacity_factor times its even
+    share; None for both drops no token.
+  balance: what the load-balancing loss takes its counts over: 'global', all tokens of a step;
+    'local', each of `balance_groups` parts of them alone (0: each device's part); 'pooled', all
+    layers as one, as Hugging Face does.
+  router_ignore_padding_tokens: padding goes to no expert and counts in no loss.
+  """
+
+  section: ClassVar[str] = 'moe.'
+  least: ClassVar[Mapping[str, float]] = {
+      'num_experts': 1, 'top_k': 1, 'expert_capacity': 1, 'router_z_loss_coef': 0,
+      'router_aux_loss_coef': 0, 'jitter_eps': 0, 'balance_groups': 0,
+  }
+  num_experts: int
+  top_k: int = 1
+  router: str = 'switch'
+  normalize_gates: bool = False
+  jitter_eps: float = 0.01
+  variant: str = 'reference'
+  euler_on_argmax: bool = True
+  threshold: float = 0.9
+  router_bias: bool = False
+  router_jitter_noise: float = 0.0
+  input_jitter_noise: float = 0.0
+  expert_dropout_rate: float = 0.0
+  expert_capacity: int | None = None
+  capacity_factor: float | None = None
+  router_z_loss_coef: float = 0.001
+  router_aux_loss_coef: float = 0.001
+  balance: str = 'global'
+  balance_groups: int = 0
+  router_ignore_padding_tokens: bool = False
+
+  def __post_init__(self):
+    super().__post_init__()
+    require_known(self.router, 'moe.router', ROUTERS)
+    require_known(self.variant, 'moe.variant', VARIANTS)
+    require_known(self.balance, 'moe.balance', BALANCES)
+    require(
+        self.top_k <= self.num_experts, 'moe.top_k', self.top_k,
+        f'at most moe.num_experts = {self.num_experts}',
+    )
+    single = ('switch', 'sparsemixer_v1')
+    require(
+        self.router not in single or self.top_k == 1, 'moe.top_k', self.top_k,
+        f'router {self.router!r} chooses one expert: set moe.top_k = 1',
+    )
+    require(
+        self.router != 'gshard' or self.top_k == 2, 'moe.top_k', self.top_k,
+        "router 'gshard' chooses two experts: set moe.top_k = 2",
+    )
+    for name in ('router_jitter_noise', 'input_jitter_noise', 'expert_dropout_rate'):
+      value = getattr(self, name)
+      require(0.0 <= value < 1.0, f'moe.{name}', value, 'in [0, 1)')
+    require(0.0 < self.threshold <= 1.0, 'moe.threshold', self.threshold, 'in (0, 1]')
+    require(
+        self.expert_capacity is None or self.capacity_factor is None,
+        'moe.capacity_factor', self.capacity_factor, 'give it or moe.expert_capacity, not both',
+    )
+    require(
+        self.capacity_factor is None or self.capacity_factor > 0,
+        'moe.capacity_factor', self.capacity_factor, 'above 0',
+    )

@@ -1,0 +1,123 @@
+"""Settings of a run: data, optimizer, mesh, training loop, and the experiment that holds them."""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any, ClassVar
+
+from moejax.config.decoder import DecoderConfig
+from moejax.config.encdec import EncDecConfig
+from moejax.settings import Checked, from_json
+
+ModelConfig = EncDecConfig | DecoderConfig
+
+
+def model_from_json(values: Mapping[str, Any]) -> ModelConfig:
+  """The config of a model from JSON values, by their 'family'; anything wrong raises UserError."""
+  return from_json(ModelConfig, values)  # type: ignore[arg-type,var-annotated]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataConfig(Checked):
+  """Text to span-corrupted samples (T5, arXiv 1910.10683, 3.1.4). Lengths are in tokens.
+
+  Files are paths, globs or 'archive.tgz::glob'; an empty `tokenizer` trains one on train_files.
+  """
+
+  section: ClassVar[str] = 'data.'
+  least: ClassVar[Mapping[str, float]] = {'num_sentinels': 0, 'encoder_length': 3, 'seed': 0}
+  train_files: tuple[str, ...] = ()
+  valid_files: tuple[str, ...] = ()
+  tokenizer: str = ''
+  num_sentinels: int = 100
+  encoder_length: int = 512
+  noise_density: float = 0.15
+  mean_span: float = 3.0
+  seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimConfig(Checked):
+  """An optax chain: clip, optimizer, schedule, weight decay and rates by path rules.
+
+  Schedules after the warm-up: 'constant', 'cosine', 'linear', 'rsqrt' (T5's), and 'wsd', constant
+  and then linear over the last `decay_steps`. `scale_by_param_rms` makes rates relative to each
+  parameter's size, as Adafactor does (arXiv 1804.04235, section 8). Rules are (path regex, factor),
+  first match wins.
+  """
+
+  section: ClassVar[str] = 'optim.'
+  least: ClassVar[Mapping[str, float]] = {
+      'learning_rate': 0, 'warmup_steps': 0, 'decay_steps': 0, 'weight_decay': 0, 'clip_norm': 0,
+  }
+  optimizer: str = 'adamw'
+  learning_rate: float = 1e-3
+  schedule: str = 'cosine'
+  warmup_steps: int = 1000
+  decay_steps: int = 0
+  end_fraction: float = 0.1
+  b1: float = 0.9
+  b2: float = 0.98
+  eps: float = 1e-8
+  weight_decay: float = 0.01
+  clip_norm: float = 1.0
+  scale_by_param_rms: bool = False
+  weight_decay_rules: tuple[tuple[str, float], ...] = (
+      (r'.*(norm|final_norm|relative_bias|bias)', 0.0),
+      (r'.*', 1.0),
+  )
+  learning_rate_rules: tuple[tuple[str, float], ...] = ((r'.*', 1.0),)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig(Checked):
+  """Devices along each mesh axis; a `data` of -1 takes all that are left."""
+
+  section: ClassVar[str] = 'mesh.'
+  least: ClassVar[Mapping[str, float]] = {'data': -1, 'expert': 1, 'tensor': 1}
+  data: int = -1
+  expert: int = 1
+  tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig(Checked):
+  """The training loop. Intervals are in optimizer steps; an interval of 0 means never.
+
+  `max_seconds` over 0 ends a run early, with a checkpoint. `aligned_start`: see `nn.aligned`.
+  `peak_flops_per_second` of 0 is measured by a matmul at the start; it is what utilisation is a
+  share of.
+  """
+
+  section: ClassVar[str] = 'train.'
+  least: ClassVar[Mapping[str, float]] = {
+      'steps': 1, 'batch_size': 1, 'accumulate': 1, 'seed': 0, 'log_every': 0, 'eval_every': 0,
+      'eval_batches': 0, 'checkpoint_every': 0, 'keep_checkpoints': 1, 'max_seconds': 0,
+      'peak_flops_per_second': 0,
+  }
+  steps: int = 1000
+  batch_size: int = 32
+  accumulate: int = 1
+  compute_dtype: str = 'float32'
+  remat: bool = False
+  seed: int = 0
+  log_every: int = 20
+  eval_every: int = 200
+  eval_batches: int = 16
+  checkpoint_every: int = 200
+  keep_checkpoints: int = 2
+  max_seconds: float = 0.0
+  aligned_start: bool = False
+  save_dtype: str = 'float32'
+  peak_flops_per_second: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Experiment(Checked):
+  """Everything a run needs; one file in configs/ returns one of these."""
+
+  model: ModelConfig
+  data: DataConfig = DataConfig()
+  optim: OptimConfig = OptimConfig()
+  mesh: MeshConfig = MeshConfig()
+  train: TrainConfig = TrainConfig()
+  init_from: str = ''

@@ -1,0 +1,305 @@
+"""The decoder-only transformer: Linen shells of its layers, composed by pure functions.
+
+Layers are applied one at a time from their own params, so the same code runs a model whole, layer
+by layer from disk, or with a cache.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from moejax import sharding
+from moejax.config import DecoderConfig
+from moejax.nn.layers import DenseFfn, norm_params, normal, weight
+from moejax.nn.moe import MoeFfn
+from moejax.nn.outputs import Output
+from moejax.ops import causal, norm, rope
+from moejax.ops.linear import linear
+from moejax.routing.types import Routing
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Context:
+  """What all layers share: rotary angles, masks by window, real tokens, their ids.
+
+  turn: cos and sin [b, t, r], or None. masks: bool [b, 1, t, s] by window ('' for no window).
+  """
+
+  turn: tuple[jax.Array, jax.Array] | None
+  masks: dict[str, jax.Array]
+  valid_bt: jax.Array | None
+  tokens_bt: jax.Array | None
+
+
+class SelfAttention(nn.Module):
+  """x + dropout(attend(norm(x)))."""
+
+  config: DecoderConfig
+  window: int | None = None
+  train: bool = False
+
+  @nn.compact
+  def __call__(
+      self, x_btd: jax.Array, context: Context, cache: causal.Cache | None = None, at: Any = 0
+  ) -> tuple[jax.Array, causal.Cache | None]:
+    c = self.config
+    scale, bias = norm_params(self, c)
+    params = self._params()
+    q, k, v = causal.project(
+        params, norm.norm(x_btd, scale, bias, c.norm_eps), context.turn,
+        eps=c.norm_eps, clip=c.clip_qkv,
+    )
+    if cache is not None:
+      cache = causal.extend(cache, k, v, at)
+      k, v = cache.k_bsgh.astype(q.dtype), cache.v_bsgh.astype(q.dtype)
+    mixed = causal.attend(q, k, v, context.masks[str(self.window or '')])
+    y = causal.output(params, mixed)
+    return x_btd + nn.Dropout(c.dropout_rate, deterministic=not self.train)(y), cache
+
+  def _params(self) -> dict[str, Any]:
+    c, zeros, ones = self.config, nn.initializers.zeros, nn.initializers.ones
+    d, h = c.d_model, c.d_head
+    heads = {'q': c.num_heads, 'k': c.num_kv_heads, 'v': c.num_kv_heads}
+    params = {}
+    for name, n in heads.items():
+      params[name] = weight(self, name, normal(c.init_std(d)), (d, n, h))
+      if c.attention_bias:
+        params[f'{name}_bias'] = weight(self, f'{name}_bias', zeros, (n, h))
+      if c.qk_norm and name != 'v':
+        size = h if c.qk_norm == 'head' else n * h
+        params[f'{name}_norm'] = weight(self, f'{name}_norm', ones, (size,))
+    out = normal(c.init_std(c.num_heads * h))
+    params['o'] = weight(self, 'o', out, (c.num_heads, h, d))
+    if c.attention_out_bias:
+      params['o_bias'] = weight(self, 'o_bias', zeros, (d,))
+    return params
+
+
+class DecoderLayer(nn.Module):
+  """Attention, then a dense or sparse FFN."""
+
+  config: DecoderConfig
+  sparse: bool
+  window: int | None = None
+  mesh: Mesh | None = None
+  train: bool = False
+
+  def setup(self):
+    self.attention = SelfAttention(self.config, self.window, self.train)
+    self.ffn: Any = (
+        MoeFfn(self.config, self.mesh, self.train)
+        if self.sparse else DenseFfn(self.config, self.train)
+    )
+
+  def attend(self, x_btd, context, cache=None, at=0):
+    """Everything before the feed-forward block, and the cache with what this text adds."""
+    return self.attention(x_btd, context, cache, at)
+
+  def feed_forward(self, x_btd, context) -> tuple[jax.Array, Routing | None]:
+    if not self.sparse:
+      return self.ffn(x_btd), None
+    return self.ffn(x_btd, context.valid_bt, context.tokens_bt)
+
+  def route(self, x_btd, context) -> tuple[jax.Array, Routing]:
+    """The normed input of this sparse layer's experts and its routing."""
+    return self.ffn.route(x_btd, context.valid_bt, context.tokens_bt)
+
+  def __call__(self, x_btd, context, cache=None, at=0):
+    x_btd, cache = self.attend(x_btd, context, cache, at)
+    x_btd, routing = self.feed_forward(x_btd, context)
+    return sharding.constrain_batch(x_btd, self.mesh), routing, cache
+
+
+def layer_module(
+    config: DecoderConfig, index: int, mesh: Mesh | None = None, train: bool = False
+) -> DecoderLayer:
+  """The shell of layer `index`."""
+  return DecoderLayer(
+      config, index in config.sparse_layers(), config.window_of(index), mesh, train
+  )
+
+
+def windows(config: DecoderConfig) -> set[int | None]:
+  """The distinct windows among the layers."""
+  return {config.window_of(i) for i in range(config.num_layers)}
+
+
+def make_context(
+    config: DecoderConfig,
+    query_bt: jax.Array,
+    key_bs: jax.Array,
+    *,
+    length: int,
+    segments: tuple[jax.Array, jax.Array] | None = None,
+    valid_bt: jax.Array | None = None,
+    tokens_bt: jax.Array | None = None,
+) -> Context:
+  """Angles and masks of queries at positions query_bt that may see keys at positions key_bs.
+
+  Args:
+    length: positions in play, which decides between longrope's factors.
+    segments: numbers of packed documents, of queries and of keys.
+    valid_bt, tokens_bt: for the router.
+  """
+  turn = None
+  if config.rope is not None:
+    turn = rope.angles(config.rope, config.d_rotated, query_bt, length)
+  of_query, of_key = segments if segments is not None else (None, None)
+  masks = {
+      str(window or ''): causal.mask(
+          query_bt, key_bs, window=window, query_segment_bt=of_query, key_segment_bs=of_key
+      )
+      for window in windows(config)
+  }
+  return Context(turn=turn, masks=masks, valid_bt=valid_bt, tokens_bt=tokens_bt)
+
+
+def embed(
+    config: DecoderConfig, params: Mapping[str, Any], tokens_bt: jax.Array,
+    positions_bt: jax.Array, dtype: Any, mesh: Mesh | None = None,
+) -> jax.Array:
+  """Token embeddings, and learned positions where the model has them: [b, t, d]."""
+  shared = params['shared']
+  x_btd = sharding.gather_whole(shared['embedding'].astype(dtype), mesh)[tokens_bt]
+  if config.rope is None:
+    table = sharding.gather_whole(shared['positions'].astype(dtype), mesh)
+    x_btd = x_btd + table[positions_bt + config.position_offset]
+  return sharding.constrain_batch(x_btd, mesh)
+
+
+def head(config: DecoderConfig, params: Mapping[str, Any], x_btd: jax.Array) -> jax.Array:
+  """The final norm and the logits, float32 [b, t, v]."""
+  stack = params['decoder']
+  x_btd = norm.norm(x_btd, stack['final_norm'], stack.get('final_norm_bias'), config.norm_eps)
+  kernel = (
+      params['shared']['embedding'].T if config.tie_embeddings else params['lm_head']['kernel']
+  )
+  logits = linear(x_btd, kernel, preferred=jnp.float32)
+  if config.head_bias:
+    logits = logits + params['lm_head']['bias'].astype(jnp.float32)[None, None]
+  return logits
+
+
+def forward(
+    config: DecoderConfig,
+    params: Mapping[str, Any],
+    tokens_bt: jax.Array,
+    *,
+    positions_bt: jax.Array | None = None,
+    segments_bt: jax.Array | None = None,
+    valid_bt: jax.Array | None = None,
+    key: jax.Array | None = None,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+    remat: bool = False,
+) -> Output:
+  """Logits of every position; see `moejax.model.apply_fn`."""
+  batch, length = tokens_bt.shape
+  if positions_bt is None:
+    positions_bt = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
+  context = make_context(
+      config, positions_bt, positions_bt, length=length,
+      segments=None if segments_bt is None else (segments_bt, segments_bt),
+      valid_bt=valid_bt, tokens_bt=tokens_bt,
+  )
+  x_btd = embed(config, params, tokens_bt, positions_bt, dtype, mesh)
+  x_btd, routings = run_layers(config, params['decoder'], x_btd, context, key, mesh, remat)
+  return Output(head(config, params, x_btd), routings)
+
+
+def run_layers(config, stack, x_btd, context, key=None, mesh=None, remat=False):
+  """All layers in turn: the final hidden states before the norm, and the routings by path."""
+  routings = {}
+  for i in range(config.num_layers):
+    module = layer_module(config, i, mesh, key is not None)
+    run = lambda p, x, k, module=module: module.apply(
+        {'params': p}, x, context, rngs=layer_keys(k)
+    )[:2]
+    run = jax.checkpoint(run) if remat else run
+    x_btd, routing = run(
+        stack[f'layers_{i}'], x_btd, None if key is None else jax.random.fold_in(key, i)
+    )
+    if routing is not None:
+      routings[f'decoder/layers_{i}/ffn'] = routing
+  return x_btd, routings
+
+
+def layer_keys(key: jax.Array | None) -> dict[str, jax.Array] | None:
+  """The named random streams of one layer."""
+  if key is None:
+    return None
+  return {'dropout': jax.random.fold_in(key, 0), 'router': jax.random.fold_in(key, 1)}
+
+
+def empty_caches(
+    config: DecoderConfig, batch: int, slots: int, dtype: Any = jnp.float32
+) -> tuple[causal.Cache, ...]:
+  """A cache of zeros for each layer, for texts of up to `slots` tokens."""
+  zeros = functools.partial(jnp.zeros, (batch, slots, config.num_kv_heads, config.d_head), dtype)
+  return tuple(
+      causal.Cache(k_bsgh=zeros(), v_bsgh=zeros()) for _ in range(config.num_layers)
+  )
+
+
+def step(
+    config: DecoderConfig,
+    params: Mapping[str, Any],
+    tokens_bt: jax.Array,
+    caches: Sequence[causal.Cache],
+    at: jax.Array | int,
+    *,
+    positions_bt: jax.Array,
+    key_positions_bs: jax.Array,
+    length: int,
+    dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+) -> tuple[jax.Array, tuple[causal.Cache, ...]]:
+  """Runs tokens that come after those in the caches; returns logits of the last one, [b, v].
+
+  Args:
+    tokens_bt: one token, or a prompt, of each row. caches: of all layers; see `empty_caches`.
+    at: the first slot to write.
+    positions_bt: of the tokens. key_positions_bs: of every slot; one past any query hides it.
+    length: see `make_context`.
+  """
+  context = make_context(config, positions_bt, key_positions_bs, length=length, tokens_bt=tokens_bt)
+  x_btd = embed(config, params, tokens_bt, jnp.maximum(positions_bt, 0), dtype, mesh)
+  new = []
+  for i in range(config.num_layers):
+    run: Any = layer_module(config, i, mesh).apply
+    own = {'params': params['decoder'][f'layers_{i}']}
+    x_btd, _, cache = run(own, x_btd, context, caches[i], at)
+    new.append(cache)
+  return head(config, params, x_btd[:, -1:])[:, 0], tuple(new)
+
+
+def init(config: DecoderConfig, key: jax.Array) -> dict[str, Any]:
+  """Random float32 params."""
+  keys = jax.random.split(key, config.num_layers + 3)
+  std, d, v = config.initializer_std, config.d_model, config.vocab_size
+  table = lambda k, shape: std * jax.random.normal(k, shape, jnp.float32)
+  shared = {'embedding': table(keys[0], (v, d))}
+  if config.rope is None:
+    shared['positions'] = table(keys[1], (config.max_positions + config.position_offset, d))
+  x = jnp.zeros((1, 2, d))
+  positions = jnp.zeros((1, 2), jnp.int32)
+  context = make_context(config, positions, positions, length=2, tokens_bt=positions)
+  stack: dict[str, Any] = {}
+  for i in range(config.num_layers):
+    stack[f'layers_{i}'] = layer_module(config, i).init(keys[3 + i], x, context)['params']
+  stack['final_norm'] = jnp.ones((d,))
+  if config.norm == 'layer':
+    stack['final_norm_bias'] = jnp.zeros((d,))
+  params: dict[str, Any] = {'shared': shared, 'decoder': stack}
+  if not config.tie_embeddings:
+    params['lm_head'] = {'kernel': table(keys[2], (d, v))}
+  if config.head_bias:
+    params.setdefault('lm_head', {})['bias'] = jnp.zeros((v,))
+  return params

@@ -1,0 +1,102 @@
+"""Causal attention of decoders: grouped queries, windows, packed documents, a cache."""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moejax.ops import norm, rope
+from moejax.ops.linear import linear
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cache:
+  """Keys and values of one layer, [b, s, g, h], as many slots as the longest text will have."""
+
+  k_bsgh: jax.Array
+  v_bsgh: jax.Array
+
+
+def mask(
+    query_bt: jax.Array,
+    key_bs: jax.Array,
+    *,
+    window: int | None = None,
+    query_segment_bt: jax.Array | None = None,
+    key_segment_bs: jax.Array | None = None,
+) -> jax.Array:
+  """Which keys a query sees, bool [b, 1, t, s].
+
+  Args:
+    query_bt, key_bs: positions. A key is seen from its own position on, and until `window` later.
+    query_segment_bt, key_segment_bs: numbers of packed documents; a query sees its own only.
+      Segment 0 is padding, which nothing sees but itself.
+  """
+  distance = query_bt[:, :, None] - key_bs[:, None, :]
+  seen = distance >= 0
+  if window is not None:
+    seen &= distance < window
+  if query_segment_bt is not None and key_segment_bs is not None:
+    seen &= query_segment_bt[:, :, None] == key_segment_bs[:, None, :]
+  return seen[:, None]
+
+
+def project(
+    params: Mapping[str, jax.Array],
+    x_btd: jax.Array,
+    turn: tuple[jax.Array, jax.Array] | None,
+    *,
+    eps: float,
+    clip: float | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Queries [b, t, n, h], keys and values [b, t, g, h] of normed inputs.
+
+  Args:
+    params: q [d, n, h], k and v [d, g, h]; with them perhaps q_bias, k_bias, v_bias, and q_norm and
+      k_norm, scales of an RMS norm over a head [h] or all heads [n * h].
+    turn: cos and sin of `rope.angles`; None for learned positions.
+    eps: of those norms. clip: bound on every value, after norms.
+  """
+
+  def one(name: str) -> jax.Array:
+    y = linear(x_btd, params[name])
+    if f'{name}_bias' in params:
+      y = y + params[f'{name}_bias'].astype(y.dtype)[None, None]
+    if f'{name}_norm' in params and params[f'{name}_norm'].shape[0] != y.shape[-1]:
+      flat = y.reshape(*y.shape[:2], -1)
+      y = norm.rms_norm(flat, params[f'{name}_norm'], eps).reshape(y.shape)
+    elif f'{name}_norm' in params:
+      y = norm.rms_norm(y, params[f'{name}_norm'], eps)
+    return y if clip is None else jnp.clip(y, -clip, clip)
+
+  q, k, v = one('q'), one('k'), one('v')
+  if turn is not None:
+    q, k = rope.rotate(q, *turn), rope.rotate(k, *turn)
+  return q, k, v
+
+
+def attend(
+    q_btnh: jax.Array, k_bsgh: jax.Array, v_bsgh: jax.Array, mask_b1ts: jax.Array
+) -> jax.Array:
+  """softmax(q k^T / sqrt(h)) v, [b, t, n, h]; query head i looks at key head i * g // n.
+
+  A query that sees no key gets the mean of the values, which nothing should read.
+  """
+  return jax.nn.dot_product_attention(q_btnh, k_bsgh, v_bsgh, mask=mask_b1ts)
+
+
+def extend(cache: Cache, k_btgh: jax.Array, v_btgh: jax.Array, at: jax.Array | int) -> Cache:
+  """The cache with keys and values written from slot `at` on."""
+  write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, 1)
+  return Cache(k_bsgh=write(cache.k_bsgh, k_btgh), v_bsgh=write(cache.v_bsgh, v_btgh))
+
+
+def output(params: Mapping[str, Any], mixed_btnh: jax.Array) -> jax.Array:
+  """Heads back to the model's width, with o [n, h, d] and perhaps o_bias [d]."""
+  y = linear(mixed_btnh, params['o'], contract=2)
+  if 'o_bias' in params:
+    y = y + params['o_bias'].astype(y.dtype)[None, None]
+  return y
