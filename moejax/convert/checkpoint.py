@@ -44,6 +44,10 @@ class Checkpoint:
     """The tensor, memory-mapped where the file allows it."""
     return self._infos[name].read()
 
+  def read_row(self, name: str, index: int) -> np.ndarray:
+    """Row `index` of the tensor."""
+    return self._infos[name].row(index)
+
 
 def open_folder(folder: Path) -> Checkpoint:
   """Finds the weights of a Hugging Face folder, safetensors before .bin.
@@ -81,6 +85,9 @@ class _Loaded:
 
   def read(self) -> np.ndarray:
     return self._array
+
+  def row(self, index: int) -> np.ndarray:
+    return self._array[index]
 
 
 def read_bin(file: Path) -> dict[str, Any]:

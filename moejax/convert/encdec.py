@@ -1,12 +1,68 @@
 """What Switch Transformers and T5 share in a Hugging Face folder: rules and config fields."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from moejax.config import EncDecConfig
+from moejax.convert.hf_config import Fields
 from moejax.convert.rules import Rule
+from moejax.errors import UserError
 
 # T5 v1.0 files carry this one; the model never used it.
 IGNORED = (r'decoder\.block\.0\.layer\.1\.EncDecAttention\.relative_attention_bias\.weight',)
+# Hugging Face field -> ours, of the plain ones.
+PLAIN: Mapping[str, str] = {
+    'vocab_size': 'vocab_size', 'd_model': 'd_model', 'd_kv': 'd_kv', 'd_ff': 'd_ff',
+    'num_heads': 'num_heads', 'num_layers': 'num_layers',
+    'relative_attention_num_buckets': 'relative_attention_num_buckets',
+    'relative_attention_max_distance': 'relative_attention_max_distance',
+    'layer_norm_epsilon': 'norm_eps', 'dropout_rate': 'dropout_rate',
+    'initializer_factor': 'initializer_factor',
+}
+# Names that configurations of Hugging Face give to the same fields.
+_SYNONYMS = {
+    'hidden_size': 'd_model', 'num_attention_heads': 'num_heads', 'num_hidden_layers': 'num_layers',
+    'head_dim': 'd_kv',
+}
+
+
+def plain_fields(fields: Fields, defaults: Mapping[str, Any]) -> dict[str, Any]:
+  """The fields that only change their name, and the special tokens."""
+  fields.rename(_SYNONYMS)
+  fields.require('is_encoder_decoder', True)
+  fields.require('is_decoder', False)
+  kwargs = {}
+  for theirs, ours in PLAIN.items():
+    default = defaults[theirs]
+    kinds = (int,) if isinstance(default, int) else (int, float)
+    kwargs[ours] = fields.take(theirs, default, *kinds)
+  for ours in ('norm_eps', 'dropout_rate', 'initializer_factor'):
+    kwargs[ours] = float(kwargs[ours])
+  kwargs['num_decoder_layers'] = fields.take(
+      'num_decoder_layers', defaults['num_decoder_layers'], int, type(None)
+  )
+  if kwargs['num_decoder_layers'] is None:
+    kwargs['num_decoder_layers'] = kwargs['num_layers']
+  pad = fields.take('pad_token_id', 0, int, type(None))
+  kwargs['pad_id'] = 0 if pad is None else pad
+  eos = fields.take('eos_token_id', 1, int, list, type(None))
+  if isinstance(eos, list) and len(eos) != 1:
+    raise UserError(f'{fields.where}: eos_token_id = {eos!r}: T5 has one end-of-sequence id')
+  eos = eos[0] if isinstance(eos, list) else eos
+  kwargs['eos_id'] = 1 if eos is None else eos
+  start = fields.take('decoder_start_token_id', None, int, type(None))
+  kwargs['decoder_start_id'] = kwargs['pad_id'] if start is None else start
+  return kwargs
+
+
+def plain_values(config: EncDecConfig) -> dict[str, Any]:
+  """Our plain settings under their Hugging Face names."""
+  return {
+      **{theirs: getattr(config, ours) for theirs, ours in PLAIN.items()},
+      'num_decoder_layers': config.num_decoder_layers, 'pad_token_id': config.pad_id,
+      'eos_token_id': config.eos_id, 'decoder_start_token_id': config.decoder_start_id,
+      'is_encoder_decoder': True,
+  }
 
 
 def sizes(config: EncDecConfig) -> dict[str, int]:

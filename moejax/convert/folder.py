@@ -10,22 +10,23 @@ import numpy as np
 
 from moejax import files, safetensors_io, store, tree
 from moejax.config import ModelConfig
-from moejax.convert import checkpoint, encdec, hf_config, rules, switch, t5
+from moejax.convert import checkpoint, hf_config, rules
+from moejax.convert.families import BY_MODEL_TYPE, FAMILIES
+from moejax.convert.family import Files
 from moejax.errors import UserError, did_you_mean
 from moejax.model import Model
 from moejax.safetensors_io import Chunked
 
-FAMILIES = {'switch': switch, 't5': t5}
 FORMATS = ('moejax', 'hf')
 DTYPES = {'float32': np.float32, 'bfloat16': ml_dtypes.bfloat16, 'float16': np.float16}
 
 Progress = Callable[[Iterable, int], Iterable]
 
 
-def entries(config: ModelConfig, head: str = 'lm_head.weight') -> tuple[rules.Entry, ...]:
-  """Every leaf of a model with the Hugging Face tensors it is made of."""
-  table = FAMILIES[config.family].rules(config, head)
-  return rules.expand(table, encdec.sizes(config), encdec.layers(config))
+def entries(config: ModelConfig, found: Files | None = None) -> tuple[rules.Entry, ...]:
+  """Every leaf of a model with the Hugging Face tensors it is made of, as found or as written."""
+  family = FAMILIES[config.family]
+  return rules.expand(family.rules(config, found), family.sizes(config), family.layers(config))
 
 
 class HfSource:
@@ -42,9 +43,8 @@ class HfSource:
       UserError: anything missing, extra, misshapen, unknown or corrupt, by its name.
     """
     self.folder = files.require_folder(folder)
-    families = {module.MODEL_TYPE: module for module in FAMILIES.values()}
-    parsed = hf_config.read(self.folder, tuple(families))
-    family = families[parsed.model_type]
+    parsed = hf_config.read(self.folder, tuple(sorted(BY_MODEL_TYPE)))
+    family = BY_MODEL_TYPE[parsed.model_type]
     try:
       self.config: ModelConfig = family.read_config(parsed.fields)
     except UserError as error:
@@ -52,11 +52,11 @@ class HfSource:
       raise error if where in str(error) else UserError(f'{where}: {error}') from error
     parsed.fields.finish()
     self._checkpoint = checkpoint.open_folder(self.folder)
-    head = family.head_name(parsed.values, self._checkpoint.names())
+    found = Files(parsed.values, self._checkpoint.names())
     self._dtype = None if dtype is None else np.dtype(dtype)
     self._matches = {
         match.entry.ours: match
-        for match in rules.match(entries(self.config, head), self._checkpoint, encdec.IGNORED)
+        for match in rules.match(entries(self.config, found), self._checkpoint, family.ignored)
     }
 
   def paths(self) -> tuple[str, ...]:
@@ -76,7 +76,7 @@ class HfSource:
 def from_hf(
     folder: Path | str, *, dtype: Any = None, place: Callable[[str, np.ndarray], Any] | None = None
 ) -> Model:
-  """Loads a Hugging Face Switch Transformer or T5 folder as a Model.
+  """Loads a Hugging Face folder of any family in `convert.families` as a Model.
 
   Peak host memory is the model in its target dtype and one more of its largest leaf.
 
@@ -140,8 +140,8 @@ def to_hf(
   target = None if dtype is None else np.dtype(dtype)
   stored = target or _dtype_of(source.abstract('shared/embedding'))
   values |= {
-      'model_type': FAMILIES[config.family].MODEL_TYPE,
-      'architectures': [FAMILIES[config.family].ARCHITECTURE],
+      'model_type': FAMILIES[config.family].model_types[0],
+      'architectures': [FAMILIES[config.family].architecture],
       'dtype': str(stored), 'torch_dtype': str(stored), 'use_cache': True,
   }
   names = [n for e in table for n in (*(n[0] for n in e.names), *e.copies[: e.write_copies * 9])]
@@ -259,7 +259,7 @@ def convert_folder(
 def _provenance(folder: Path, config: ModelConfig) -> Mapping[str, Any]:
   return {
       'converted_from': folder.resolve().name, 'format': 'hugging_face',
-      'model_type': FAMILIES[config.family].MODEL_TYPE,
+      'model_type': FAMILIES[config.family].model_types[0],
   }
 
 

@@ -23,26 +23,12 @@ HARMLESS = frozenset((
     'length_penalty', 'no_repeat_ngram_size', 'encoder_no_repeat_ngram_size', 'bad_words_ids',
     'num_return_sequences', 'remove_invalid_values', 'exponential_decay_length_penalty',
     'add_router_probs', 'router_ignore_padding_tokens', 'router_type', 'batch_prioritized_routing',
-    'add_cross_attention', 'cross_attention_hidden_size', 'attn_implementation',
+    'add_cross_attention', 'cross_attention_hidden_size', 'attn_implementation', 'auto_map',
     '_attn_implementation_autoset', 'tie_encoder_decoder',
 ))
 # Fields that must have one value for moejax to compute the same.
 FIXED: Mapping[str, tuple[Any, ...]] = {
-    'is_encoder_decoder': (True,), 'is_decoder': (False,), 'quantization_config': (None,),
-    'pruned_heads': ({}, None), 'router_dtype': ('float32',),
-}
-# Hugging Face field -> ours, of the plain ones.
-PLAIN: Mapping[str, str] = {
-    'vocab_size': 'vocab_size', 'd_model': 'd_model', 'd_kv': 'd_kv', 'd_ff': 'd_ff',
-    'num_heads': 'num_heads', 'num_layers': 'num_layers',
-    'relative_attention_num_buckets': 'relative_attention_num_buckets',
-    'relative_attention_max_distance': 'relative_attention_max_distance',
-    'layer_norm_epsilon': 'norm_eps', 'dropout_rate': 'dropout_rate',
-    'initializer_factor': 'initializer_factor',
-}
-_ALIASES = {
-    'hidden_size': 'd_model', 'num_attention_heads': 'num_heads', 'num_hidden_layers': 'num_layers',
-    'head_dim': 'd_kv',
+    'quantization_config': (None,), 'pruned_heads': ({}, None), 'router_dtype': ('float32',),
 }
 _ACTIVATIONS = {**{a: a for a in ACTIVATIONS}, 'swish': 'silu', 'gelu_pytorch_tanh': 'gelu_new'}
 
@@ -52,7 +38,7 @@ class Fields:
 
   def __init__(self, values: Mapping[str, Any], where: Path | str):
     self.where = where
-    self._left = {_ALIASES.get(name, name): value for name, value in values.items()}
+    self._left = dict(values)
     self._known: set[str] = set()
 
   def take(self, name: str, default: Any, *kinds: type) -> Any:
@@ -65,30 +51,17 @@ class Fields:
       raise UserError(f'{self.where}: {name} = {value!r}: expected {expected}')
     return value
 
-  def plain(self, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields that only change their name, and the special tokens."""
-    kwargs = {}
-    for theirs, ours in PLAIN.items():
-      default = defaults[theirs]
-      kinds = (int,) if isinstance(default, int) else (int, float)
-      kwargs[ours] = self.take(theirs, default, *kinds)
-    for ours in ('norm_eps', 'dropout_rate', 'initializer_factor'):
-      kwargs[ours] = float(kwargs[ours])
-    kwargs['num_decoder_layers'] = self.take(
-        'num_decoder_layers', defaults['num_decoder_layers'], int, type(None)
-    )
-    if kwargs['num_decoder_layers'] is None:
-      kwargs['num_decoder_layers'] = kwargs['num_layers']
-    pad = self.take('pad_token_id', 0, int, type(None))
-    kwargs['pad_id'] = 0 if pad is None else pad
-    eos = self.take('eos_token_id', 1, int, list, type(None))
-    if isinstance(eos, list) and len(eos) != 1:
-      raise UserError(f'{self.where}: eos_token_id = {eos!r}: moejax has one end-of-sequence id')
-    eos = eos[0] if isinstance(eos, list) else eos
-    kwargs['eos_id'] = 1 if eos is None else eos
-    start = self.take('decoder_start_token_id', None, int, type(None))
-    kwargs['decoder_start_id'] = kwargs['pad_id'] if start is None else start
-    return kwargs
+  def rename(self, synonyms: Mapping[str, str]) -> None:
+    """Fields called by a synonym are from now on called by their own name."""
+    for name, own in synonyms.items():
+      if name in self._left:
+        self._left[own] = self._left.pop(name)
+
+  def require(self, name: str, *allowed: Any) -> None:
+    """Takes a field that must have one of the values, the first if it is not there."""
+    value = self.take(name, allowed[0])
+    if value not in allowed:
+      raise UserError(f'{self.where}: {name} = {value!r}: moejax computes only {allowed[0]!r}')
 
   def activation(self, name: str) -> str:
     """Our name of a Hugging Face activation; an unknown one raises UserError."""
@@ -102,12 +75,10 @@ class Fields:
   def finish(self) -> None:
     """Raises UserError for a field that was not taken and is not known to be harmless."""
     for name, allowed in FIXED.items():
-      value = self._left.pop(name, allowed[0])
-      if value not in allowed:
-        raise UserError(f'{self.where}: {name} = {value!r}: moejax computes only {allowed[0]!r}')
+      self.require(name, *allowed)
     unknown = sorted(set(self._left) - HARMLESS)
     if unknown:
-      known = {*self._known, *HARMLESS, *FIXED}
+      known = {*self._known, *HARMLESS}
       raise UserError(
           f'{self.where}: unknown field {unknown[0]!r}{did_you_mean(unknown[0], known)}: it may '
           'change what the model computes; correct its name, or remove it'
@@ -137,13 +108,3 @@ def read(folder: Path, model_types: tuple[str, ...]) -> Parsed:
         f'{", ".join(model_types)}{did_you_mean(str(kind), model_types)}'
     )
   return Parsed(kind, fields, values)
-
-
-def plain_values(config: Any) -> dict[str, Any]:
-  """Our plain settings under their Hugging Face names."""
-  return {
-      **{theirs: getattr(config, ours) for theirs, ours in PLAIN.items()},
-      'num_decoder_layers': config.num_decoder_layers, 'pad_token_id': config.pad_id,
-      'eos_token_id': config.eos_id, 'decoder_start_token_id': config.decoder_start_id,
-      'is_encoder_decoder': True,
-  }

@@ -7,7 +7,8 @@ A rule says which foreign tensor is which leaf and how the axes lie:
 
 Left of the arrow are the foreign axes, right of it ours; `(n h)` is one foreign axis that is two of
 ours. A letter that is only on the right is a stacked axis: one foreign tensor for each of its
-indices. `expand` makes a rule concrete for a model's sizes; `match` accounts for every tensor.
+indices, or one row of a foreign tensor. `expand` makes a rule concrete for a model's sizes; `match`
+accounts for every tensor.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -34,6 +35,9 @@ class Rule:
   copies: further names under which the same values may lie beside it; read (they must be equal),
     and written if `write_copies`.
   shares: reads a tensor that another rule owns.
+  rows: the stacked indices are the rows of one foreign tensor; `axes` are those of a row.
+  part: (index, count): ours is one of `count` equal parts of the first of these axes. A rule with
+    rows or parts is read only.
   """
 
   theirs: str
@@ -44,6 +48,8 @@ class Rule:
   copies: tuple[str, ...] = ()
   write_copies: bool = False
   shares: bool = False
+  rows: bool = False
+  part: tuple[int, int] = (0, 1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,9 +66,22 @@ class Entry:
   split: tuple[int, ...]
   order: tuple[int, ...]
   stacked: bool
+  rows: bool
+  part: tuple[int, int]
+
+  @property
+  def tensor_shape(self) -> tuple[int, ...]:
+    """The shape of a whole foreign tensor: with all parts and rows."""
+    first, *rest = self.their_shape
+    whole = (first * self.part[1], *rest)
+    return (self.shape[0], *whole) if self.rows else whole
 
   def to_ours(self, array: np.ndarray) -> np.ndarray:
-    """One foreign tensor as (one index of) our leaf: a view."""
+    """One foreign tensor, or row of it, as (one index of) our leaf: a view."""
+    index, count = self.part
+    if count > 1:
+      size = self.their_shape[0]
+      array = array[index * size : (index + 1) * size]
     return array.reshape(self.split).transpose(self.order)
 
   def to_theirs(self, array: np.ndarray) -> np.ndarray:
@@ -113,6 +132,8 @@ def _entry(rule: Rule, sizes: Mapping[str, int], i: int) -> Entry:
       split=tuple(sizes[letter] for letter in letters),
       order=tuple(letters.index(letter) for letter in inner),
       stacked=bool(stacked),
+      rows=rule.rows,
+      part=rule.part,
   )
 
 
@@ -159,10 +180,10 @@ def match(
         missing.append((candidates[0], entry))
     for name in (*found, *copies):
       shape = source.info(name).shape
-      if shape != entry.their_shape:
+      if shape != entry.tensor_shape:
         raise UserError(
             f'{source.where}: tensor {name!r} has shape {shape}, config.json wants '
-            f'{entry.their_shape} (for {entry.ours} {entry.shape}): one of the two is wrong'
+            f'{entry.tensor_shape} (for {entry.ours} {entry.shape}): one of the two is wrong'
         )
     if not entry.shares:
       left -= {*found, *copies}
@@ -172,7 +193,7 @@ def match(
     near = nearest(name, left)
     hint = f' (did you mean {near!r}?), found with shape {source.info(near).shape}' if near else ''
     raise UserError(
-        f'{source.where}: tensor {name!r} of shape {entry.their_shape} is missing'
+        f'{source.where}: tensor {name!r} of shape {entry.tensor_shape} is missing'
         f'{_more(missing)}{hint}: restore it, or correct config.json'
     )
   if left:
@@ -183,7 +204,7 @@ def match(
 def _extra(entries: Sequence[Entry], source: checkpoint.Checkpoint, left: list[str]) -> None:
   known = {n: e for e in entries for names in e.names for n in names}
   near = nearest(left[0], known)
-  hint = f' (did you mean {near!r}?) of shape {known[near].their_shape}' if near else ''
+  hint = f' (did you mean {near!r}?) of shape {known[near].tensor_shape}' if near else ''
   raise UserError(
       f'{source.where}: tensor {left[0]!r} of shape {source.info(left[0]).shape} has no place in '
       f'the model that config.json describes{_more(left)}{hint}: remove it, or correct '
@@ -210,7 +231,7 @@ def read_part(
     UserError: it holds NaN or infinity, also after the cast, or a copy of it differs.
   """
   name = match.found[index]
-  array = source.read(name)
+  array = source.read_row(name, index) if match.entry.rows else source.read(name)
   check_finite(array, name, source.where)
   for copy in match.copies:
     if not np.array_equal(array, source.read(copy)):

@@ -1,15 +1,13 @@
 """Switch Transformers (arXiv 2101.03961) as Hugging Face stores them."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from moejax.config import EncDecConfig, EncDecMoeConfig
 from moejax.convert import encdec, hf_config
+from moejax.convert.family import Family, Files
 from moejax.convert.rules import Rule
 from moejax.errors import UserError
 
-MODEL_TYPE = 'switch_transformers'
-ARCHITECTURE = 'SwitchTransformersForConditionalGeneration'
 DEFAULTS = {
     'vocab_size': 32128, 'd_model': 768, 'd_kv': 64, 'd_ff': 2048, 'num_layers': 12,
     'num_decoder_layers': 12, 'num_heads': 12, 'relative_attention_num_buckets': 32,
@@ -40,7 +38,7 @@ def num_sparse_for(layers: int, step: int, actual: int) -> int:
 
 def read_config(fields: hf_config.Fields) -> EncDecConfig:
   """Our config from Hugging Face's; explicit sparse steps overrule the numbers of sparse layers."""
-  plain = fields.plain(DEFAULTS)
+  plain = encdec.plain_fields(fields, DEFAULTS)
   steps = {}
   for stack, layers in (
       ('encoder', plain['num_layers']), ('decoder', plain['num_decoder_layers'])
@@ -74,7 +72,7 @@ def write_config(config: EncDecConfig) -> dict[str, Any]:
         'model.gated = true: transformers has no gated Switch Transformer: keep the moejax format'
     )
   moe = config.moe or EncDecMoeConfig(num_experts=1, encoder_sparse_step=0, decoder_sparse_step=0)
-  values = hf_config.plain_values(config)
+  values = encdec.plain_values(config)
   for stack, layers, step in (
       ('encoder', config.num_layers, moe.encoder_sparse_step),
       ('decoder', config.num_decoder_layers, moe.decoder_sparse_step),
@@ -93,8 +91,10 @@ def write_config(config: EncDecConfig) -> dict[str, Any]:
   }
 
 
-def rules(config: EncDecConfig, head: str = 'lm_head.weight') -> list[Rule]:
-  rows = encdec.rules(config, untied_copies=True, head=head)
+def rules(config: EncDecConfig, files: Files | None = None) -> list[Rule]:
+  """Every tensor of a Switch Transformer."""
+  del files
+  rows = encdec.rules(config, untied_copies=True)
   for stack in ('encoder', 'decoder'):
     mlp = f'{stack}.block.{{i}}.layer.{encdec.ffn_index(stack)}.mlp'
     ours = f'{stack}/layers_{{i}}/ffn'
@@ -111,6 +111,9 @@ def rules(config: EncDecConfig, head: str = 'lm_head.weight') -> list[Rule]:
   return rows
 
 
-def head_name(values: Mapping[str, Any], names: tuple[str, ...]) -> str:
-  del values, names
-  return 'lm_head.weight'
+FAMILY = Family(
+    name='switch', model_types=('switch_transformers',),
+    architecture='SwitchTransformersForConditionalGeneration', read_config=read_config,
+    write_config=write_config, rules=rules, sizes=encdec.sizes, layers=encdec.layers,
+    ignored=encdec.IGNORED,
+)

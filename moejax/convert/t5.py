@@ -1,15 +1,13 @@
 """T5 v1.0 (ReLU, tied) and v1.1 (gated GELU, untied; arXiv 1910.10683) as Hugging Face has them."""
 
-from collections.abc import Mapping
 from typing import Any
 
 from moejax.config import EncDecConfig
 from moejax.convert import encdec, hf_config
+from moejax.convert.family import Family, Files
 from moejax.convert.rules import Rule
 from moejax.errors import UserError
 
-MODEL_TYPE = 't5'
-ARCHITECTURE = 'T5ForConditionalGeneration'
 DEFAULTS = {
     'vocab_size': 32128, 'd_model': 512, 'd_kv': 64, 'd_ff': 2048, 'num_layers': 6,
     'num_decoder_layers': None, 'num_heads': 8, 'relative_attention_num_buckets': 32,
@@ -25,7 +23,7 @@ def read_config(fields: hf_config.Fields) -> EncDecConfig:
   `is_gated_act` overrule it where present. Tied or not is decided as transformers does it:
   `scale_decoder_outputs` where present, else `tie_word_embeddings`.
   """
-  plain = fields.plain(DEFAULTS)
+  plain = encdec.plain_fields(fields, DEFAULTS)
   projection = fields.take('feed_forward_proj', 'relu', str)
   first, _, last = projection.rpartition('-')
   if first not in ('', 'gated'):
@@ -46,7 +44,7 @@ def write_config(config: EncDecConfig) -> dict[str, Any]:
   """The inverse of `read_config`."""
   name = 'gelu' if config.gated and config.activation == 'gelu_new' else config.activation
   return {
-      **hf_config.plain_values(config),
+      **encdec.plain_values(config),
       'feed_forward_proj': f'gated-{name}' if config.gated else name,
       'dense_act_fn': config.activation, 'is_gated_act': config.gated,
       'tie_word_embeddings': config.tie_embeddings,
@@ -54,7 +52,14 @@ def write_config(config: EncDecConfig) -> dict[str, Any]:
   }
 
 
-def rules(config: EncDecConfig, head: str = 'lm_head.weight') -> list[Rule]:
+def rules(config: EncDecConfig, files: Files | None = None) -> list[Rule]:
+  """Every tensor of a T5.
+
+  transformers 5 may save a v1.1 model whose head is its embedding, and leave the head out.
+  """
+  head = 'lm_head.weight'
+  if files is not None and head not in files.names and files.values.get('tie_word_embeddings'):
+    head = 'shared.weight'
   rows = encdec.rules(config, head=head)
   for stack in ('encoder', 'decoder'):
     layer = f'{stack}.block.{{i}}.layer.{encdec.ffn_index(stack)}'
@@ -63,7 +68,8 @@ def rules(config: EncDecConfig, head: str = 'lm_head.weight') -> list[Rule]:
   return rows
 
 
-def head_name(values: Mapping[str, Any], names: tuple[str, ...]) -> str:
-  """transformers 5 may save a v1.1 model whose head is its embedding, and leave the head out."""
-  shared = 'lm_head.weight' not in names and values.get('tie_word_embeddings', False)
-  return 'shared.weight' if shared else 'lm_head.weight'
+FAMILY = Family(
+    name='t5', model_types=('t5',), architecture='T5ForConditionalGeneration',
+    read_config=read_config, write_config=write_config, rules=rules, sizes=encdec.sizes,
+    layers=encdec.layers, ignored=encdec.IGNORED,
+)

@@ -97,6 +97,7 @@ def ffn_params(
   if c.gated:
     params['gate'] = weight(module, 'gate', into, (*leading, c.d_model, f))
   if not leading and getattr(c, 'ffn_bias', False):
-    params['wi_bias'] = weight(module, 'wi_bias', nn.initializers.zeros, (f,))
+    for name in ('wi', 'gate') if c.gated else ('wi',):
+      params[f'{name}_bias'] = weight(module, f'{name}_bias', nn.initializers.zeros, (f,))
     params['wo_bias'] = weight(module, 'wo_bias', nn.initializers.zeros, (c.d_model,))
   return params

@@ -22,21 +22,24 @@ def dense_ffn(
 ) -> jax.Array:
   """wo(act(wi x)), or wo(act(gate x) * (wi x)) where params hold a gate; x is [..., d].
 
-  wi_bias [f] and wo_bias [d] are added where params hold them.
+  Biases wi_bias and gate_bias [f] and wo_bias [d] are added where params hold them.
   """
   act = ACTIVATIONS[activation]
-  bias = lambda y, name: y + params[name].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
-  hidden = linear(x, params['wi'])
-  if 'wi_bias' in params:
-    hidden = bias(hidden, 'wi_bias')
+
+  def product(x, name):
+    y = linear(x, params[name])
+    if f'{name}_bias' in params:
+      y = y + params[f'{name}_bias'].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+    return y
+
+  hidden = product(x, 'wi')
   if 'gate' in params:
-    hidden = act(linear(x, params['gate'])) * hidden
+    hidden = act(product(x, 'gate')) * hidden
   else:
     hidden = act(hidden)
   if dropout is not None:
     hidden = dropout(hidden)
-  y = linear(hidden, params['wo'])
-  return bias(y, 'wo_bias') if 'wo_bias' in params else y
+  return product(hidden, 'wo')
 
 
 def expert_ffn(

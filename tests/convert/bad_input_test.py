@@ -45,7 +45,7 @@ def set_nan(tensors):
 
 CONFIG = {
     'unknown family': (dict(model_type='switch_transformer'), 'switch_transformers'),
-    'a family we lack': (dict(model_type='mixtral'), 'unknown model family'),
+    'a family we lack': (dict(model_type='mamba'), 'unknown model family'),
     'no family': (dict(model_type='REMOVED'), 'no model_type'),
     'unknown activation': (dict(dense_act_fn='gleu_new'), r'gleu_new.*gelu_new'),
     'unknown field': (dict(num_expert=8), r'num_expert.*did you mean .num_experts'),

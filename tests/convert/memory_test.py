@@ -31,7 +31,7 @@ SLACK = 24 * MB
 def write_source(folder, config, torch_file=False):
   """A model of this size whose tensors are slices of one noise, so that making it is quick."""
   folder.mkdir()
-  values = {**switch.write_config(config), 'model_type': switch.MODEL_TYPE}
+  values = {**switch.write_config(config), 'model_type': switch.FAMILY.model_types[0]}
   files.write_json(folder / 'config.json', values)
   noise = np.random.default_rng(0).normal(size=1 << 21).astype(np.float32)
   tensors = (

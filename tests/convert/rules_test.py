@@ -83,12 +83,12 @@ def test_the_tables_name_every_parameter_of_the_model_and_no_other(name):
   assert len(names) == len(set(names))
 
 
-def source(config, tmp_path, change=lambda tensors: None, head='lm_head.weight'):
+def source(config, tmp_path, change=lambda tensors: None, found=None):
   """A checkpoint of random tensors that fits `config`, changed by `change`."""
   rng = np.random.default_rng(0)
   tensors = {
       name: rng.normal(size=entry.their_shape).astype(np.float32)
-      for entry in folder.entries(config, head) for name, *_ in entry.names
+      for entry in folder.entries(config, found) for name, *_ in entry.names
   }
   change(tensors)
   safetensors_io.write_folder(tmp_path, iter(tensors.items()))
