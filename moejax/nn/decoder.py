@@ -6,7 +6,6 @@ by layer from disk, or with a cache.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import functools
 from typing import Any
 
 from flax import linen as nn
@@ -19,6 +18,7 @@ from moejax.config import DecoderConfig
 from moejax.nn.layers import DenseFfn, norm_params, normal, weight
 from moejax.nn.moe import MoeFfn
 from moejax.nn.outputs import Output
+from moejax.ops import cache as cache_lib
 from moejax.ops import causal, norm, rope
 from moejax.ops.linear import linear
 from moejax.routing.types import Routing
@@ -47,8 +47,8 @@ class SelfAttention(nn.Module):
 
   @nn.compact
   def __call__(
-      self, x_btd: jax.Array, context: Context, cache: causal.Cache | None = None, at: Any = 0
-  ) -> tuple[jax.Array, causal.Cache | None]:
+      self, x_btd: jax.Array, context: Context, cache: cache_lib.Cache | None = None, at: Any = 0
+  ) -> tuple[jax.Array, cache_lib.Cache | None]:
     c = self.config
     scale, bias = norm_params(self, c)
     params = self._params()
@@ -57,7 +57,7 @@ class SelfAttention(nn.Module):
         eps=c.norm_eps, clip=c.clip_qkv,
     )
     if cache is not None:
-      cache = causal.extend(cache, k, v, at)
+      cache = cache_lib.extend(cache, k, v, at)
       k, v = cache.k_bsgh.astype(q.dtype), cache.v_bsgh.astype(q.dtype)
     mixed = causal.attend(q, k, v, context.masks[str(self.window or '')])
     y = causal.output(params, mixed)
@@ -240,11 +240,11 @@ def layer_keys(key: jax.Array | None) -> dict[str, jax.Array] | None:
 
 def empty_caches(
     config: DecoderConfig, batch: int, slots: int, dtype: Any = jnp.float32
-) -> tuple[causal.Cache, ...]:
+) -> tuple[cache_lib.Cache, ...]:
   """A cache of zeros for each layer, for texts of up to `slots` tokens."""
-  zeros = functools.partial(jnp.zeros, (batch, slots, config.num_kv_heads, config.d_head), dtype)
   return tuple(
-      causal.Cache(k_bsgh=zeros(), v_bsgh=zeros()) for _ in range(config.num_layers)
+      cache_lib.empty(batch, slots, config.num_kv_heads, config.d_head, dtype)
+      for _ in range(config.num_layers)
   )
 
 
@@ -252,7 +252,7 @@ def step(
     config: DecoderConfig,
     params: Mapping[str, Any],
     tokens_bt: jax.Array,
-    caches: Sequence[causal.Cache],
+    caches: Sequence[cache_lib.Cache],
     at: jax.Array | int,
     *,
     positions_bt: jax.Array,
@@ -260,7 +260,7 @@ def step(
     length: int,
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
-) -> tuple[jax.Array, tuple[causal.Cache, ...]]:
+) -> tuple[jax.Array, tuple[cache_lib.Cache, ...]]:
   """Runs tokens that come after those in the caches; returns logits of the last one, [b, v].
 
   Args:

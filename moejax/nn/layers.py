@@ -10,6 +10,8 @@ import jax.numpy as jnp
 from moejax import tree
 from moejax.config import EncDecConfig, ModelConfig
 from moejax.ops import attention, ffn, norm
+from moejax.ops import cache as cache_lib
+from moejax.ops.linear import linear
 
 
 def weight(
@@ -42,30 +44,51 @@ def norm_params(module: nn.Module, c: ModelConfig, name: str = 'norm') -> tuple[
 
 
 class Attention(nn.Module):
-  """x + dropout(attend(norm(x))): self-attention, or cross-attention given a source."""
+  """x + dropout(attend(norm(x))): T5's self-attention, or cross-attention given a source."""
 
   config: EncDecConfig
   train: bool = False
 
-  @nn.compact
-  def __call__(
-      self, x_btd: jax.Array, bias: jax.Array | None, source_bsd: jax.Array | None = None
-  ) -> jax.Array:
+  def setup(self):
     c = self.config
     heads = (c.num_heads, c.d_kv)
     into = normal(c.init_std(c.d_model))
-    params = {
-        'q': weight(self, 'q', normal(c.init_std(c.d_model * c.d_kv)), (c.d_model, *heads)),
-        'k': weight(self, 'k', into, (c.d_model, *heads)),
-        'v': weight(self, 'v', into, (c.d_model, *heads)),
-        'o': weight(self, 'o', normal(c.init_std(c.num_heads * c.d_kv)), (*heads, c.d_model)),
-    }
-    scale = weight(self, 'norm', nn.initializers.ones, (c.d_model,))
-    normed = norm.rms_norm(x_btd, scale, c.norm_eps)
-    dropout = nn.Dropout(c.dropout_rate, deterministic=not self.train)
+    self.q = weight(self, 'q', normal(c.init_std(c.d_model * c.d_kv)), (c.d_model, *heads))
+    self.k = weight(self, 'k', into, (c.d_model, *heads))
+    self.v = weight(self, 'v', into, (c.d_model, *heads))
+    self.o = weight(self, 'o', normal(c.init_std(c.num_heads * c.d_kv)), (*heads, c.d_model))
+    self.norm = weight(self, 'norm', nn.initializers.ones, (c.d_model,))
+    self.dropout = nn.Dropout(c.dropout_rate, deterministic=not self.train)
+
+  def __call__(
+      self, x_btd: jax.Array, bias: jax.Array | None, source_bsd: jax.Array | None = None
+  ) -> jax.Array:
+    normed = norm.rms_norm(x_btd, self.norm, self.config.norm_eps)
     source = normed if source_bsd is None else source_bsd
-    y = attention.attend(params, normed, source, bias, dropout)
-    return x_btd + dropout(y)
+    params = {'q': self.q, 'k': self.k, 'v': self.v, 'o': self.o}
+    y = attention.attend(params, normed, source, bias, self.dropout)
+    return x_btd + self.dropout(y)
+
+  def keys_of(self, source_bsd: jax.Array) -> cache_lib.Cache:
+    """Keys and values of a source, to be looked at many times."""
+    return cache_lib.Cache(
+        k_bsgh=linear(source_bsd, self.k), v_bsgh=linear(source_bsd, self.v)
+    )
+
+  def look(self, x_btd: jax.Array, bias: jax.Array | None, keys: cache_lib.Cache) -> jax.Array:
+    """x + attend(norm(x)) over keys at hand."""
+    normed = norm.rms_norm(x_btd, self.norm, self.config.norm_eps)
+    q = linear(normed, self.q)
+    k, v = keys.k_bsgh.astype(q.dtype), keys.v_bsgh.astype(q.dtype)
+    return x_btd + attention.mix({'o': self.o}, q, k, v, bias)
+
+  def extend(
+      self, x_btd: jax.Array, bias: jax.Array, cache: cache_lib.Cache, at: jax.Array | int
+  ) -> tuple[jax.Array, cache_lib.Cache]:
+    """Self-attention of new tokens over those in the cache and themselves."""
+    own = self.keys_of(norm.rms_norm(x_btd, self.norm, self.config.norm_eps))
+    cache = cache_lib.extend(cache, own.k_bsgh, own.v_bsgh, at)
+    return self.look(x_btd, bias, cache), cache
 
 
 class DenseFfn(nn.Module):

@@ -17,6 +17,7 @@ from moejax.nn.layers import Attention, DenseFfn, normal, weight
 from moejax.nn.moe import MoeFfn
 from moejax.nn.outputs import Output
 from moejax.ops import attention, norm
+from moejax.ops.cache import Cache
 from moejax.ops.linear import linear
 from moejax.routing.types import Routing
 
@@ -53,6 +54,19 @@ class Layer(nn.Module):
       return self.attention(x, bias)
     x = self.self_attention(x, bias)
     return self.cross_attention(x, source_bias, source_bsd)
+
+  def step(
+      self, x: jax.Array, bias: jax.Array, cache: Cache, at: jax.Array | int, source: Cache,
+      source_bias: jax.Array | None,
+  ) -> tuple[jax.Array, Cache]:
+    """A decoder layer on tokens that come after those in its cache."""
+    x, cache = self.self_attention.extend(x, bias, cache, at)
+    x = self.cross_attention.look(x, source_bias, source)
+    return self.feed_forward(x)[0], cache
+
+  def source_keys(self, source_bsd: jax.Array) -> Cache:
+    """What this decoder layer's cross-attention keeps of the encoder's output."""
+    return self.cross_attention.keys_of(source_bsd)
 
   def feed_forward(
       self, x: jax.Array, valid: jax.Array | None = None

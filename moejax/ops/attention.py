@@ -77,10 +77,22 @@ def attend(
   Scores are not divided by sqrt(h): T5 folds that into its initialisation. `bias_bnts` float32
   broadcasts over the scores; `dropout` is applied to the attention weights.
   """
-  dtype = x_btd.dtype
   q_btnh = linear(x_btd, params['q'])
   k_bsnh = linear(source_bsd, params['k'])
   v_bsnh = linear(source_bsd, params['v'])
+  return mix(params, q_btnh, k_bsnh, v_bsnh, bias_bnts, dropout)
+
+
+def mix(
+    params: Mapping[str, jax.Array],
+    q_btnh: jax.Array,
+    k_bsnh: jax.Array,
+    v_bsnh: jax.Array,
+    bias_bnts: jax.Array | None,
+    dropout=None,
+) -> jax.Array:
+  """`attend` from queries, keys and values on."""
+  dtype = q_btnh.dtype
   scores = jnp.einsum('btnh,bsnh->bnts', q_btnh, k_bsnh, preferred_element_type=jnp.float32)
   if bias_bnts is not None:
     scores += jnp.broadcast_to(bias_bnts, scores.shape)

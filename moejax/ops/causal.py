@@ -1,7 +1,6 @@
-"""Causal attention of decoders: grouped queries, windows, packed documents, a cache."""
+"""Causal attention of decoders: grouped queries, windows, packed documents."""
 
 from collections.abc import Mapping
-import dataclasses
 from typing import Any
 
 import jax
@@ -9,15 +8,6 @@ import jax.numpy as jnp
 
 from moejax.ops import norm, rope
 from moejax.ops.linear import linear
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cache:
-  """Keys and values of one layer, [b, s, g, h], as many slots as the longest text will have."""
-
-  k_bsgh: jax.Array
-  v_bsgh: jax.Array
 
 
 def mask(
@@ -86,12 +76,6 @@ def attend(
   A query that sees no key gets the mean of the values, which nothing should read.
   """
   return jax.nn.dot_product_attention(q_btnh, k_bsgh, v_bsgh, mask=mask_b1ts)
-
-
-def extend(cache: Cache, k_btgh: jax.Array, v_btgh: jax.Array, at: jax.Array | int) -> Cache:
-  """The cache with keys and values written from slot `at` on."""
-  write = lambda old, new: jax.lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), at, 1)
-  return Cache(k_bsgh=write(cache.k_bsgh, k_btgh), v_bsgh=write(cache.v_bsgh, v_btgh))
 
 
 def output(params: Mapping[str, Any], mixed_btnh: jax.Array) -> jax.Array:
