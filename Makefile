@@ -1,6 +1,7 @@
 # make demo | test | lint | bench | evidence. The first call makes .venv and installs what it needs.
 PYTHON ?= python3
-VENV ?= .venv
+# One environment for each interpreter.
+VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 PYTEST_FLAGS ?=
 

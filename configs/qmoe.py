@@ -4,7 +4,8 @@
 
 Variants, after a colon (configs/qmoe.py:two_bit):
   ternary    three levels an output, refitted by least squares; about 0.7 bits a weight
-  one_bit    ternary with the grid of each matrix searched; at most 1.0 bit a weight in all
+  one_bit    ternary, large inputs first, the grid of each matrix searched; at most 1.0 bit a
+             weight in all, or as few as its metadata leaves
   published  as in the paper, in its file format; no refit
   rounded    ternary by plain rounding, for comparison
   two_bit, three_bit, four_bit
@@ -20,7 +21,9 @@ from moejax.errors import UserError, did_you_mean
 
 VARIANTS = {
     'ternary': lambda: quantize('ternary'),
-    'one_bit': lambda: quantize('ternary', search=Search(target_bits=1.0)),
+    'one_bit': lambda: quantize(
+        'ternary', act_order=True, refit=False, search=Search(target_bits=1.0)
+    ),
     'published': lambda: qmoe('ternary'),
     'rounded': lambda: quantize('ternary', method='rtn', refit=False),
     'two_bit': lambda: quantize(2),

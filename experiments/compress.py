@@ -1,4 +1,4 @@
-"""Compresses a model folder with calibration text, layer by layer; a killed run resumes.
+r"""Compresses a model folder with calibration text, layer by layer; a killed run resumes.
 
 Example:
   python -m experiments.compress --config configs/qmoe.py --model runs/sotu/model \
@@ -33,11 +33,15 @@ _DRY_RUN = flags.DEFINE_bool(
     'dry_run', False, 'Only tell the size: of a folder, or of a published model given by its name.'
 )
 _ZERO_SHARE = flags.DEFINE_float(
-    'zero_share', account.ZERO_SHARE,
-    'For --dry_run: share of ternary weights that will be zero. The default is that of big trained '
-    'models; small ones have fewer.', lower_bound=0.0, upper_bound=1.0,
+    'zero_share', None,
+    'For --dry_run: share of ternary weights that will be zero. The default follows from the width '
+    'of each matrix; for models that QMoE published it is what was found there.', lower_bound=0.0,
+    upper_bound=1.0,
 )
 _OUT = flags.DEFINE_string('out', None, 'Folder to write.')
+_SAMPLE_LENGTH = flags.DEFINE_integer(
+    'sample_length', 0, 'Tokens a sample; 0 takes what the model was trained with.', lower_bound=0
+)
 _SAMPLES = flags.DEFINE_integer('samples', 2048, 'Calibration samples.', lower_bound=1)
 _VALIDATION_SAMPLES = flags.DEFINE_integer(
     'validation_samples', 128, 'Validation samples.', lower_bound=1
@@ -49,9 +53,9 @@ def batches(
     limit: int,
 ) -> list[dict[str, Any]]:
   """At most `limit` span-corrupted samples spread over the text."""
+  data = evaluate.data_config(source.folder, sample_length=_SAMPLE_LENGTH.value)
   made = evaluate.fixed_batches(
-      source.config, evaluate.data_config(str(source.folder)), text.documents(patterns, flag),
-      tokenizer, batch_size=1, name=flag,
+      source.config, data, text.documents(patterns, flag), tokenizer, batch_size=1, name=flag
   )
   spread = evaluate.spread(made, limit)
   return list(progress.bar(spread, label=flag, total=min(limit, made.num_samples)))
@@ -60,13 +64,16 @@ def batches(
 def dry_run(transform: base.Transform | base.Chain) -> None:
   """Prints what --model, a folder or the name of a published model, will weigh."""
   model: Any = str(_MODEL.value)
+  zero_share = _ZERO_SHARE.value
   if not pathlib.Path(model).exists():
     if model not in presets.PRESETS:
       hint = errors.did_you_mean(model, presets.PRESETS)
       raise errors.UserError(f'{model} is no folder and no published model{hint}')
+    if zero_share is None and model in account.QMOE_PUBLISHED:
+      zero_share = account.QMOE_PUBLISHED[model][0]
     model = presets.preset(model)
-  result = predict.dry_run(model, transform, zero_share=_ZERO_SHARE.value)
-  result['zero_share'] = _ZERO_SHARE.value
+  result = predict.dry_run(model, transform, zero_share=zero_share)
+  result['zero_share'] = zero_share
   print(predict.table(result), file=sys.stderr, flush=True)
   print(files.json_text(result, indent=2))
 
@@ -91,7 +98,7 @@ def main() -> None:
   )
   result = driver.compress(
       folder, transform, calibration, _OUT.value, validation_batches=validation,
-      sentinel=source.config.vocab_size - tokenizer.num_sentinels, progress=True,
+      sentinel=tokenizer.first_sentinel, progress=True,
   )
   report = result.report
   summary = {
@@ -101,6 +108,11 @@ def main() -> None:
       'matrices': len(report['layers']),
       'rounded_instead': sum(bool(row.get('fallback')) for row in report['layers']),
   }
+  if report['over_budget']:
+    print(
+        f'warning: {", ".join(report["over_budget"])}: more than target_bits, the fewest that its '
+        'grids can take; raise search.target_bits', file=sys.stderr, flush=True,
+    )
   print(files.json_text(summary, indent=2))
 
 

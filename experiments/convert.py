@@ -29,7 +29,8 @@ def main() -> None:
           items, label='convert', total=total, unit='tensor'
       ),
   )
-  print(f'{_OUT.value}: {config.family}, {config.num_layers} + {config.num_decoder_layers} layers')
+  layers = ' + '.join(str(config.layers_of(stack)) for stack in config.stacks)
+  print(f'{_OUT.value}: {config.family}, {layers} layers')
 
 
 if __name__ == '__main__':

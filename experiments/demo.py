@@ -110,7 +110,7 @@ def run(settings: steps.Settings) -> dict[str, Any]:
       trained / store.MANIFEST, lambda: steps.train(settings),
   )
   training['content_loss_before'] = first['content_loss']
-  sentinel = store.Source(trained).config.vocab_size - tokenizer_lib.load(trained).num_sentinels
+  sentinel = tokenizer_lib.load(trained).first_sentinel
   batches: list[dict[str, Any]] = []
   variants = []
   for recipe in recipes:
@@ -178,7 +178,7 @@ def comparison(
 
 def title(bits: float) -> str:
   """What the headline row reached."""
-  reached = 'below one bit' if bits < 1.0 else f'at {bits:.2f} bits'
+  reached = 'below one bit' if bits < 1.0 else f'at {bits:.3f} bits'
   return f'A Switch Transformer {reached} a weight'
 
 

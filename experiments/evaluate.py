@@ -1,6 +1,7 @@
-"""Measures a model on text and prints JSON: loss, accuracy, expert load, agreement, baselines.
+r"""Measures a model on text and prints JSON: loss, accuracy, expert load, agreement, baselines.
 
-A model folder is what moejax wrote, compressed or not; text is a file, a glob or 'archive::glob'.
+A model folder is what moejax wrote, compressed or not; text is a file, a folder, a glob or
+'archive::glob'.
 
 Example:
   python -m experiments.evaluate --model runs/sotu/model \
@@ -31,8 +32,8 @@ _BATCH_SIZE = flags.DEFINE_integer('batch_size', 32, 'Samples a batch.', lower_b
 _MAX_BATCHES = flags.DEFINE_integer(
     'max_batches', 0, 'Use only so many batches, spread over the text; 0 uses all.', lower_bound=0
 )
-_ENCODER_LENGTH = flags.DEFINE_integer(
-    'encoder_length', 0, 'Tokens a sample; 0 takes what the model was trained with.', lower_bound=0
+_SAMPLE_LENGTH = flags.DEFINE_integer(
+    'sample_length', 0, 'Tokens a sample; 0 takes what the model was trained with.', lower_bound=0
 )
 _EXAMPLES = flags.DEFINE_integer(
     'examples', 0, 'Also return so many passages with the words the model would fill in.',
@@ -41,23 +42,15 @@ _EXAMPLES = flags.DEFINE_integer(
 _OUT = flags.DEFINE_string('out', None, 'Also write the JSON to this file.')
 
 
-def data_for(*folders: str) -> config_lib.DataConfig:
-  """The models' own sample layout, with --encoder_length if given."""
-  data = evaluate.data_config(*folders)
-  if _ENCODER_LENGTH.value:
-    data = config_lib.apply_overrides(data, [f'encoder_length={_ENCODER_LENGTH.value}'])
-  return data
-
-
 def bigram_loss(
     config: config_lib.ModelConfig, rows: list[Any], tokenizer: tokenizer_lib.Tokenizer,
     sources: list[str],
 ) -> float:
   """Loss of a Kneser-Ney bigram of the sources at the masked words of the batches."""
   corpus = batches_lib.tokenize(text.documents(sources, '--bigram'), tokenizer, '--bigram')
-  sentinels = tokenizer.num_sentinels
-  bigram = evaluate.Bigram.train(corpus, config.vocab_size, config.vocab_size - sentinels)
-  return bigram.content_loss(rows, config, sentinels)
+  first = tokenizer.first_sentinel
+  bigram = evaluate.Bigram.train(corpus, config.vocab_size, first)
+  return bigram.content_loss(rows, config, first)
 
 
 def measure(folder: str, against: str | None) -> dict[str, Any]:
@@ -66,18 +59,20 @@ def measure(folder: str, against: str | None) -> dict[str, Any]:
   model = model_lib.Model.load(folder)
   reference = model_lib.Model.load(against) if against else None
   tokenizer = tokenizer_lib.load(folder)
+  data = evaluate.data_config(
+      *filter(None, (folder, against)), sample_length=_SAMPLE_LENGTH.value
+  )
   batches = evaluate.fixed_batches(
-      model.config, data_for(*filter(None, (folder, against))),
+      model.config, data,
       text.documents(_DATA.value, '--data'), tokenizer, batch_size=_BATCH_SIZE.value,
       name='--data',
   )
   rows = list(evaluate.spread(batches, _MAX_BATCHES.value))
-  sentinels = tokenizer.num_sentinels
 
   def run(params, label, other=None, examples=0):
     return evaluate.evaluate(
         model_lib.Model(model.config, params), progress.bar(rows, label=label, unit='batch'),
-        num_sentinels=sentinels, against=other, examples=examples,
+        first_sentinel=tokenizer.first_sentinel, against=other, examples=examples,
     )
 
   start = time.monotonic()

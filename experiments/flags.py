@@ -20,13 +20,17 @@ from moejax import errors, files, settings
 
 
 def define_config_flags() -> None:
-  """Defines --config and --set."""
-  flags.DEFINE_string('config', None, 'File with get_config(), as FILE.py or FILE.py:VARIANT.')
-  flags.DEFINE_multi_string(
+  """Defines --config and --set, and has --help of the running command list them."""
+  config = flags.DEFINE_string(
+      'config', None, 'File with get_config(), as FILE.py or FILE.py:VARIANT.'
+  )
+  changes = flags.DEFINE_multi_string(
       'set', [], 'Change one field: path.to.field=value, a value being JSON or a plain string. '
       'Parts of the path may be left out where the rest names one field (steps=10); steps of a '
       'chain are numbered (0.bits=2). Can be repeated.'
   )
+  for holder in (config, changes):
+    flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[holder.name])
 
 
 def load_config(spec: str, overrides: Sequence[str] = ()) -> Any:

@@ -1,4 +1,4 @@
-"""Trains a model as a config file says, or goes on where the workdir's last checkpoint stands.
+r"""Trains a model as a config file says, or goes on where the workdir's last checkpoint stands.
 
 Example:
   python -m experiments.train --config configs/FILE.py --workdir runs/first \

@@ -40,17 +40,22 @@ _REMEDIES = {
 
 
 class WriteError(UserError):
-  """A file or folder that could not be written; the OSError behind it is `reason`."""
+  """A file or folder that could not be written; the OSError behind it is `reason`.
 
-  def __init__(self, target: Path | str, reason: OSError):
+  left: what the message says of what is there now.
+  """
+
+  def __init__(
+      self, target: Path | str, reason: OSError, left: str = 'nothing half-written was left'
+  ):
     remedy = _REMEDIES.get(reason.errno or 0, f'{reason.strerror or reason}')
-    super().__init__(f'cannot write {target}: {remedy} (nothing half-written was left)')
+    super().__init__(f'cannot write {target}: {remedy} ({left})')
     self.reason = reason
 
 
-def os_error(target: Path | str, error: OSError | WriteError) -> WriteError:
-  """Turns an error met while writing below `target` into a one-line UserError."""
-  return WriteError(target, error.reason if isinstance(error, WriteError) else error)
+def os_error(target: Path | str, error: OSError | WriteError, **left: str) -> WriteError:
+  """Turns an error met while writing below `target` into a one-line UserError; see `WriteError`."""
+  return WriteError(target, error.reason if isinstance(error, WriteError) else error, **left)
 
 
 def no_room(target: Path | str, error: BaseException) -> WriteError | None:
@@ -77,7 +82,7 @@ def atomic_folder(target: Path | str) -> Iterator[Path]:
   Raises:
     UserError: the target cannot be written (full disk, permissions), or must not be replaced.
   """
-  target = Path(target).absolute()
+  target = _own_place(target)
   _check_replaceable(target)
   prefix = f'.{target.name}.partial-{socket.gethostname()}-'
   partial = target.parent / f'{prefix}{os.getpid()}-{uuid.uuid4().hex[:8]}'
@@ -102,9 +107,19 @@ def require_target(target: Path | str) -> None:
 
   For work that takes long: so that its end is not where that is found out.
   """
-  target = Path(target).absolute()
+  target = _own_place(target)
   _check_replaceable(target)
   _probe(target)
+
+
+def _own_place(target: Path | str) -> Path:
+  """Where a target really lies: what a link points to is written, not the link replaced."""
+  target = Path(target).absolute()
+  if target.is_symlink():
+    target = target.resolve()
+  if target.is_mount():
+    raise UserError(f'{target} is a mount point, which cannot be replaced: name a folder inside it')
+  return target
 
 
 def _check_replaceable(target: Path) -> None:
@@ -169,8 +184,11 @@ def _swap_in(partial: Path, target: Path) -> None:
 
 def sha256(path: Path) -> str:
   """The SHA-256 of a file, as hex."""
-  with open(path, 'rb') as f:
-    return hashlib.file_digest(f, 'sha256').hexdigest()
+  try:
+    with open(path, 'rb') as f:
+      return hashlib.file_digest(f, 'sha256').hexdigest()
+  except OSError as error:
+    raise UserError(f'cannot read {path}: {error.strerror}; check its permissions') from error
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -181,7 +199,7 @@ def read_json(path: Path) -> dict[str, Any]:
     raise UserError(f'cannot read {path}: {error.strerror}; is the folder complete?') from error
   try:
     value = json.loads(text)
-  except ValueError as error:
+  except (ValueError, RecursionError) as error:
     raise UserError(f'{path} is not valid JSON ({error}): restore or download it again') from error
   if not isinstance(value, dict):
     raise UserError(f'{path} holds no JSON object: restore or download it again')
@@ -292,7 +310,13 @@ def copy_tokenizer(source: Path | str, target: Path) -> list[str]:
 def require_folder(folder: Path | str) -> Path:
   """The folder as a Path; raises UserError when there is none."""
   folder = Path(folder)
-  if not folder.exists():
+  try:
+    found = folder.exists()
+    if found and folder.is_dir():
+      next(folder.iterdir(), None)
+  except OSError as error:
+    raise UserError(f'cannot read {folder}: {error.strerror}; check its permissions') from error
+  if not found:
     raise UserError(f'{folder} does not exist: name a model folder')
   if not folder.is_dir():
     raise UserError(f'{folder} is a file, not a folder: name the folder that holds config.json')

@@ -307,7 +307,7 @@ def generate(
   tokens = np.concatenate(pieces, axis=1)
   given = options.get('stop_ids')
   stops = np.isin(tokens, stop_ids_of(model.config) if given is None else tuple(given))
-  stopped = stops.any(1)
+  stopped = np.asarray(stops.any(1))
   lengths = np.where(stopped, stops.argmax(1) + 1, tokens.shape[1]).astype(np.int32)
   tokens = np.where(np.arange(tokens.shape[1])[None] < lengths[:, None], tokens, 0)
   return Generated(tokens=tokens.astype(np.int32), lengths=lengths, stopped=stopped)

@@ -45,11 +45,24 @@ def apply_fn(
   """
   if train and key is None:
     raise ValueError('train=True needs a key for dropout and routing')
+  _check_tokens(config, tokens)
   run: Any = decoder.forward if isinstance(config, DecoderConfig) else switch.forward
   return run(
       config, params, *tokens, key=key if train else None, dtype=jnp.dtype(dtype), mesh=mesh,
       remat=remat, **inputs,
   )
+
+
+def _check_tokens(config: ModelConfig, tokens: tuple[jax.Array, ...]) -> None:
+  """Raises UserError unless there are as many token arrays as stacks, all of one batch size."""
+  shapes = [tuple(a.shape) for a in tokens]
+  names = ', '.join(f'{stack} tokens' for stack in config.stacks)
+  fits = len(shapes) == len(config.stacks) and all(len(s) == 2 and 0 not in s for s in shapes)
+  if not fits or len({s[0] for s in shapes}) != 1:
+    raise UserError(
+        f'a {config.family} model takes {names} of shape [batch, length], one batch size and '
+        f'nothing empty; found {", ".join(map(str, shapes)) or "none"}'
+    )
 
 
 def forward(

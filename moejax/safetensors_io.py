@@ -113,7 +113,9 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
         for name, entry in entries.items()
     }
     ends = {name: 8 + length + entry['data_offsets'][1] for name, entry in entries.items()}
-  except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+  except (
+      ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError
+  ) as error:
     raise UserError(f'{file} has a corrupt safetensors header ({error!r}); {remedy}') from error
   position = 8 + length
   for info in sorted(infos.values(), key=lambda i: (i.offset, ends[i.name])):

@@ -16,11 +16,12 @@ FieldPath = tuple[str, ...]
 class Checked:
   """Base of settings whose types, and least numbers, are checked when they are made.
 
-  section: what messages put before a field's name. least: the least value of numeric fields.
+  section: what messages put before a field's name. least, most: bounds of numeric fields.
   """
 
   section: ClassVar[str] = ''
   least: ClassVar[Mapping[str, float]] = {}
+  most: ClassVar[Mapping[str, float]] = {}
 
   def __post_init__(self):
     hints = typing.get_type_hints(type(self))
@@ -34,6 +35,9 @@ class Checked:
       least = self.least.get(field.name)
       if least is not None and value is not None and not value >= least:
         raise UserError(f'{name} = {value!r}: at least {least}')
+      most = self.most.get(field.name)
+      if most is not None and value is not None and not value <= most:
+        raise UserError(f'{name} = {value!r}: at most {most}')
       object.__setattr__(self, field.name, value)
 
 

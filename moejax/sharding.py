@@ -38,7 +38,7 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
   if data < 1 or need > len(devices):
     raise UserError(
         f'mesh data={config.data} expert={config.expert} tensor={config.tensor} needs '
-        f'{max(need, fixed)} devices, found {len(devices)}'
+        f'{max(need, fixed)} devices, found {len(devices)}: lower one of them'
     )
   grid = np.asarray(devices[:need]).reshape(data, config.expert, config.tensor)
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))

@@ -230,3 +230,22 @@ def test_broken_json_names_its_file(text, tmp_path):
     files.read_json(file)
   with pytest.raises(UserError, match='nothing.json'):
     files.read_json(tmp_path / 'nothing.json')
+
+
+def test_a_link_is_followed_and_a_mount_point_refused(tmp_path):
+  (tmp_path / 'real').mkdir()
+  (tmp_path / 'link').symlink_to(tmp_path / 'real')
+  for content in ('first', 'second'):
+    with files.atomic_folder(tmp_path / 'link') as partial:
+      (partial / 'config.json').write_text(content)
+  assert (tmp_path / 'link').is_symlink()
+  assert (tmp_path / 'real' / 'config.json').read_text() == 'second'
+  assert sorted(p.name for p in tmp_path.iterdir()) == ['link', 'real']
+  with pytest.raises(UserError, match='mount point'):
+    files.require_target('/proc')
+
+
+def test_json_too_deep_to_read_is_one_line(tmp_path):
+  (tmp_path / 'config.json').write_text('[' * 200_000)
+  with pytest.raises(UserError, match='not valid JSON'):
+    files.read_json(tmp_path / 'config.json')

@@ -9,6 +9,7 @@ import pytest
 
 from moejax import config as config_lib
 from moejax import model, sharding, tree
+from moejax.errors import UserError
 from moejax.nn import switch as switch_nn
 
 SWITCH = config_lib.EncDecConfig(
@@ -155,3 +156,12 @@ def test_a_wrong_node_or_array_is_refused():
   wrong = tree.replace(params, 'encoder/layers_1/ffn/experts/wi', node)
   with pytest.raises(ValueError, match=r'experts/wi: node of shape \(8, 32, 60\), expected'):
     model.apply_fn(SWITCH, wrong, x, y)
+
+
+@pytest.mark.parametrize('shapes', [
+    [(2, 3), (1, 3)], [(2, 3)], [(3,), (3,)], [(0, 3), (0, 3)], [(2, 0), (2, 3)],
+])
+def test_tokens_that_do_not_fit_are_named(shapes):
+  tokens = [jnp.zeros(shape, jnp.int32) for shape in shapes]
+  with pytest.raises(UserError, match='takes encoder tokens, decoder tokens of shape'):
+    model.Model(SWITCH, {}).apply(*tokens)

@@ -193,3 +193,14 @@ def test_an_index_that_lists_too_much_too_little_or_elsewhere(tmp_path):
     index.write_text(json.dumps({'weight_map': changed}))
     with pytest.raises(UserError, match=message):
       safetensors_io.read_folder(tmp_path)
+
+
+@pytest.mark.parametrize('header', [
+    b'[' * 200_000,
+    b'{"w":{"dtype":"F32","shape":[Infinity],"data_offsets":[0,4]}}',
+])
+def test_headers_that_make_python_fail(header, tmp_path):
+  file = tmp_path / 'model.safetensors'
+  file.write_bytes(len(header).to_bytes(8, 'little') + header + bytes(4))
+  with pytest.raises(UserError, match='corrupt safetensors header'):
+    safetensors_io.read_header(file)

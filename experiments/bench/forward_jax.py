@@ -36,7 +36,8 @@ def main(quick: bool) -> list[dict[str, Any]]:
   batch, length = (2, 16) if quick else (2, 512)
   sizes: dict[str, Any] = SMALL if quick else {}
   dropless = config_lib.EncDecMoeConfig(num_experts=8)
-  config = dataclasses.replace(presets.preset('switch-base-8'), moe=dropless, **sizes)
+  base: Any = presets.preset('switch-base-8')
+  config = dataclasses.replace(base, moe=dropless, **sizes)
   params = random_params(config)
   tokens = jax.random.randint(jax.random.key(1), (batch, length), 2, config.vocab_size)
 

@@ -20,18 +20,19 @@ from moejax.account.counts import (
   summary,
 )
 from moejax.account.predicted import (
-  ZERO_SHARE,
+  expected_zero_share,
   packed_node,
   ternary_bits_per_weight,
   ternary_node,
 )
-from moejax.account.published import published_sizes, published_table
+from moejax.account.published import QMOE_PUBLISHED, published_sizes, published_table
 
 __all__ = [
-    'ZERO_SHARE',
+    'QMOE_PUBLISHED',
     'Source',
     'active_parameters',
     'bytes_by_part',
+    'expected_zero_share',
     'flops_per_token',
     'forward_flops',
     'layers',

@@ -69,11 +69,12 @@ class Transform:
     """Raises UserError if an expert weight is in a form this transform cannot take."""
     raise NotImplementedError
 
-  def predict(self, path: str, leaf: Any, zero_share: float) -> Any:
+  def predict(self, path: str, leaf: Any, zero_share: float | None) -> Any:
     """The expert weight `leaf` as it will be stored, of ShapeDtypeStructs, for a dry run.
 
     Args:
-      path: of the weight. leaf: its shape and dtype. zero_share: of ternary weights to come.
+      path: of the weight. leaf: its shape and dtype. zero_share: of ternary weights to come;
+        None leaves it to the transform's own guess.
     """
     raise UserError(f'{self.name} cannot tell the size of {path} before it has run')
 

@@ -1,6 +1,7 @@
 """Bits of a group of experts held to a budget: a cheap grid for one weight pays for another's."""
 
 from collections.abc import Callable, Mapping
+import dataclasses
 from typing import Any
 
 import jax
@@ -21,7 +22,8 @@ def within(
   """What `run` makes of the grids of least error at search.target_bits a weight, as stored.
 
   Sizes are predicted from samples; where what was made is over the budget, grids are chosen again
-  a little lower. A budget under what the metadata and the emptiest grids take gets those.
+  a little lower. A budget under what the metadata and the emptiest grids take gets those, and every
+  row of its report says 'over_budget'.
 
   Args:
     weights: [e, d, f] by name. hessian_of: the undamped Hessians of a weight, [e, d, d].
@@ -56,7 +58,12 @@ def within(
     aim, last = min(predicted * target / stored, predicted * (1 - 1e-6)), pick
     if stored <= target or settings.max_error is not None:
       break
-  return made
+  over = _bits_per_weight(made) > target and settings.max_error is None
+  return {
+      name: dataclasses.replace(
+          m, rows=tuple({**row, **({'over_budget': True} if over else {})} for row in m.rows)
+      ) for name, m in made.items()
+  }
 
 
 def _by_name(tried: Mapping[str, search_core.Tried], pick: np.ndarray) -> Grids:

@@ -30,6 +30,8 @@ from moejax.errors import UserError
 from moejax.model import Model
 
 FORMAT = 1
+# Array fields of the largest node: a mixed one of every form.
+_MOST_FIELDS = 16
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,13 +99,14 @@ def compress(
     out_folder: where the compressed model goes (with report.json); its unfinished work lies beside
       it in `.<name>.compressing`, from which the same call resumes. None keeps the model in memory.
     validation_batches: samples that run along and are in no statistic; the report has their loss.
-    sentinel: the least special token id; None for `samples.first_sentinel`.
+    sentinel: the least special token id; None for `layout.first_sentinel`.
     progress: show a progress bar.
 
   The report has 'steps' (transform, seconds, peak_host_bytes), 'layers' (a row for each expert
   matrix: path, expert, transform, bits, bits_per_weight, zeros, relative_output_error,
-  error_before_refit, fallback, tokens, ...), 'before' and 'after' (as `account.summary`), and
-  'loss' over the validation samples, a mean over their weights.
+  error_before_refit, fallback, tokens, ...), 'before' and 'after' (as `account.summary`, and 'loss'
+  over the validation samples, a mean over their weights; None without any), and 'over_budget', the
+  layers whose groups take more than a search's target_bits.
 
   Raises:
     UserError: no experts to compress, weights already compressed, samples or folders that do not
@@ -114,6 +117,7 @@ def compress(
   if out is not None:
     _check_out(out, model)
   source = sources.open_source(model)
+  base.target_layers(steps[0], source)
   data = samples_lib.collect(source.config, batches, validation_batches, sentinel=sentinel)
   origin = str(model) if isinstance(model, (str, Path)) else 'memory'
   report: dict[str, Any] = {
@@ -121,6 +125,7 @@ def compress(
   }
   plans: list[Any] = []
   work_root = None if out is None else _work_folder(out, source, steps, data)
+  report['before']['loss'] = _loss_before(source, data, work_root, progress)
   for i, step in enumerate(steps[:-1]):
     work = None if work_root is None else work_root / f'step_{i}'
     source = _earlier_pass(source, step, data, work, origin, plans, progress, report)
@@ -128,13 +133,38 @@ def compress(
   result, entry = _timed_pass(source, steps[-1], data, work, out, origin, plans, progress)
   report['layers'] += result.report['rows']
   report['steps'].append(entry)
+  report['over_budget'] = sorted({
+      row['path'].partition('/experts/')[0] for row in report['layers'] if row.get('over_budget')
+  })
   report['after'] = account.of_source(sources.open_source(_made(result)))
-  report['loss'] = result.report['loss']
+  report['loss'] = report['after']['loss'] = result.report['loss']
   report['tokens'] = {s: data.calibration_tokens(s) for s in ('encoder', 'decoder')}
   if out is not None and work_root is not None:
     files.write_json(out / 'report.json', report)
     shutil.rmtree(work_root)
   return dataclasses.replace(result, report=report)
+
+
+def _loss_before(source, data, work, progress) -> float | None:
+  """The validation loss of the model as it is; found once for all resumes."""
+  if not data.validation:
+    return None
+  file = None if work is None else work / 'loss_before.json'
+  if file is not None and file.is_file():
+    return files.read_json(file)['loss']
+  own = dataclasses.replace(data, samples=data.samples[-data.validation :])
+  step = base.Transform()
+  walk = _Walk(_dropless(source.config), source, step, {}, own, None, set(), progress)
+  walk.run()
+  if file is not None:
+    files.write_json(file, {'loss': walk.loss})
+  return walk.loss
+
+
+def _dropless(config):
+  return dataclasses.replace(
+      config, moe=dataclasses.replace(config.moe, expert_capacity=None, capacity_factor=None)
+  )
 
 
 def _made(result: Result) -> Model | Path:
@@ -204,12 +234,9 @@ def _run_pass(source, step, data, work, target, origin, plans, progress) -> Resu
   """One transform over the whole model, then the model written."""
   config = source.config
   targets = base.target_layers(step, source)
-  walk_config = dataclasses.replace(
-      config, moe=dataclasses.replace(config.moe, expert_capacity=None)
-  )
   plan = step.plan(config, source)
   plans.append(dict(plan))
-  walk = _Walk(walk_config, source, step, plan, data, work, set(targets), progress)
+  walk = _Walk(_dropless(config), source, step, plan, data, work, set(targets), progress)
   walk.run()
   leaves = _leaves(source, walk, set(targets))
   report = {'rows': walk.rows, 'loss': walk.loss}
@@ -224,9 +251,19 @@ def _run_pass(source, step, data, work, target, origin, plans, progress) -> Resu
     earlier = source.manifest.get('provenance') or {}
     provenance |= {name: earlier[name] for name in ('trained',) if name in earlier}
   store.save_folder(
-      target, config, leaves, provenance=provenance, plan=plans, tokenizer_from=folder
+      target, config, leaves, provenance=provenance, plan=plans, tokenizer_from=folder,
+      expected_paths=_expected_names(source, targets),
   )
   return Result(model=None, folder=target, report=report, **states)
+
+
+def _expected_names(source, targets) -> list[str]:
+  """Names in the file to come, at least as many: what a node will hold is not known yet."""
+  names = []
+  for path in source.paths():
+    new = path.partition('/experts/')[0] in targets
+    names += [f'{path}/{field:16}' for field in range(_MOST_FIELDS)] if new else [path]
+  return names
 
 
 def _leaves(source, walk, targets):

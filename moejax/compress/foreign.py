@@ -156,6 +156,19 @@ def _backward(values_edf: np.ndarray, axes: tuple[str, ...]) -> np.ndarray:
   return np.transpose(values_edf, np.argsort([axes.index(a) for a in _AXES]))
 
 
+def _check_transform(transform: Any) -> None:
+  if not isinstance(transform, quantize.Quantize):
+    raise UserError(
+        f'compress_tree takes one quantize(...), not a {type(transform).__name__}: call it once a '
+        'step'
+    )
+  if transform.true_sequential or transform.layers != '.*':
+    raise UserError(
+        'compress_tree knows no layers: say which leaves by rules, and their order by apply_fn; '
+        'leave out true_sequential and layers'
+    )
+
+
 def compress_tree(
     params: Any, rules: Sequence[ExpertRule], apply_fn: Callable[[Any, Any, Capture], Any],
     batches: Iterable[Any], transform: quantize.Quantize | None = None, *,
@@ -177,9 +190,11 @@ def compress_tree(
 
   Raises:
     UserError: a rule matches nothing or the wrong rank, apply_fn reports an unknown leaf, none at
-      all, or a misshapen input, or the calibration is empty.
+      all, or a misshapen input, the calibration is empty, or the transform is a chain or has
+      settings that only a moejax model can heed.
   """
   transform = quantize.quantize() if transform is None else transform
+  _check_transform(transform)
   leaves, structure = jax.tree_util.tree_flatten_with_path(params)
   paths = [_path(keys) for keys, _ in leaves]
   values = dict(zip(paths, (leaf for _, leaf in leaves)))

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from moejax.compress import grids_core
+from moejax.errors import UserError
 
 # Inputs swept one by one between the small matmuls inside a block.
 _SUB = 16
@@ -228,6 +229,15 @@ def permute_hessian(h_edd: jax.Array, order_ed: jax.Array) -> jax.Array:
   return jnp.take_along_axis(rows, order_ed[:, None, :], axis=2)
 
 
+def check_shapes(w_edf: jax.Array, h_edd: jax.Array) -> None:
+  """Raises UserError unless there is one square Hessian for each matrix."""
+  w, h = tuple(w_edf.shape), tuple(h_edd.shape)
+  if len(w) != 3 or h != (w[0], w[1], w[1]):
+    raise UserError(
+        f'weights {list(w)} and Hessians {list(h)} do not fit: [e, d, f] and [e, d, d] are needed'
+    )
+
+
 def gptq(
     w_edf: jax.Array, h_edd: jax.Array, bits: str | int, *, damping: float = 0.1,
     block_size: int = 128, act_order: bool = False, symmetric: bool = False,
@@ -243,7 +253,13 @@ def gptq(
     block_size: inputs swept between matmuls.
     act_order: sweep the inputs by falling diagonal of H; symbols come back in the given order.
     symmetric, grid_scale, threshold: see `grids_core.find_grid`; numbers or one for each expert.
+
+  Weights are taken as finite; NaN among them gives symbols without meaning.
+
+  Raises:
+    UserError: shapes that do not fit, or unknown bits.
   """
+  check_shapes(w_edf, h_edd)
   lambda_e = damping_lambda(h_edd, damping)
   grid = grids_core.find_grid(
       w_edf, bits, symmetric=symmetric, grid_scale=grid_scale, threshold=threshold

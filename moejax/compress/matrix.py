@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -38,6 +39,16 @@ class Search:
   scales: tuple[float, ...] = search_core.SCALES
   thresholds: tuple[float, ...] = search_core.THRESHOLDS
   outputs: int = 64
+
+  def __post_init__(self):
+    if self.target_bits is not None and not self.target_bits > 0:
+      raise UserError(f'search.target_bits = {self.target_bits}: above 0')
+    for name in ('scales', 'thresholds'):
+      values = getattr(self, name)
+      if not values or not all(0 < v <= (4 if name == 'scales' else 1) for v in values):
+        raise UserError(f'search.{name} = {values}: at least one number, each above 0')
+    if self.outputs < 1:
+      raise UserError(f'search.outputs = {self.outputs}: at least 1')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -83,12 +94,14 @@ class Settings:
       raise UserError('group_size with search or max_error is not supported; drop one of them')
     if self.storage == 'qmoe_v1' and self.bits != 'ternary':
       raise UserError(f"storage = 'qmoe_v1' holds ternary weights only, not bits = {self.bits}")
-    if self.damping < 0 or self.block_size < 1 or not 0 < self.grid_scale <= 4:
+    if not 0 <= self.damping < math.inf or self.block_size < 1 or not 0 < self.grid_scale <= 4:
       raise UserError(
           f'damping = {self.damping}: at least 0; block_size = {self.block_size}: at least 1; '
           f'grid_scale = {self.grid_scale}: in (0, 4]'
       )
-    if self.refit_ridge < 0 or self.gain_weight < 0:
+    if self.max_error is not None and not self.max_error >= 0:
+      raise UserError(f'max_error = {self.max_error}: at least 0, or None')
+    if not (0 <= self.refit_ridge < math.inf and 0 <= self.gain_weight < math.inf):
       raise UserError(
           f'refit_ridge = {self.refit_ridge} and gain_weight = {self.gain_weight}: at least 0'
       )

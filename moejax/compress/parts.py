@@ -133,7 +133,8 @@ def save_group(folder: Path, group: Group) -> None:
     partial.rename(folder)
   except (OSError, files.WriteError) as error:
     shutil.rmtree(partial, ignore_errors=True)
-    raise files.os_error(folder, error) from error
+    left = 'finished groups are kept: run again to go on from them'
+    raise files.os_error(folder, error, left=left) from error
 
 
 def load_group(folder: Path) -> Group | None:

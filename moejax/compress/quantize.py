@@ -55,13 +55,17 @@ class Quantize(base.Transform):
           'start from the model before it was compressed'
       )
 
-  def predict(self, path: str, leaf: Any, zero_share: float) -> Any:
+  def predict(self, path: str, leaf: Any, zero_share: float | None) -> Any:
     del path
     s = self.matrix
     dtype = np.dtype(leaf.dtype if s.level_dtype == 'weights' else s.level_dtype)
     if s.storage == 'dense':
       return jax.ShapeDtypeStruct(leaf.shape, dtype)
     if s.bits == 'ternary':
+      if zero_share is None:
+        zero_share = account.expected_zero_share(
+            leaf.shape[1], rounding=s.method == 'rtn', threshold=s.threshold * s.grid_scale
+        )
       return account.ternary_node(
           leaf.shape, zero_share, storage=s.storage, level_dtype=dtype,
           target_bits=s.budget,
@@ -164,7 +168,8 @@ def quantize(
       too small as a whole counts, in refit and search, see `refit_core`; 0 is least squares.
     grid_scale, threshold: the ternary (or b-bit) range, and the share of it that rounds to a level.
     search: chooses grid_scale and threshold for each matrix instead; with its target_bits, so that
-      each group of experts takes at most so many bits a weight, all metadata counted.
+      each group of experts takes at most so many bits a weight, all metadata counted, or the
+      fewest its grids can take, which the report then says ('over_budget').
     storage: 'moejax'; 'qmoe_v1' for the published format; 'dense' for plain arrays of the
       quantized values.
     level_dtype: dtype levels are stored in: 'bfloat16', 'float32', or 'weights' for the weights'.

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from moejax.config import ModelConfig
+from moejax.data import layout
 from moejax.errors import UserError
 
 _SHORTEST = 32
@@ -56,11 +57,6 @@ class Samples:
     return digest.hexdigest()
 
 
-def first_sentinel(config: ModelConfig) -> int:
-  """The least sentinel id: 32000 in T5's vocabulary of 32128, else 100 below the end."""
-  return 32000 if config.vocab_size == 32128 else max(config.vocab_size - 100, 0)
-
-
 def collect(
     config: ModelConfig, batches: Iterable[Mapping[str, Any]],
     validation_batches: Iterable[Mapping[str, Any]] = (), *, sentinel: int | None = None,
@@ -75,7 +71,7 @@ def collect(
   Raises:
     UserError: no calibration sample, a missing field, or a token outside the vocabulary.
   """
-  sentinel = first_sentinel(config) if sentinel is None else sentinel
+  sentinel = layout.first_sentinel(config) if sentinel is None else sentinel
   calibration = [s for batch in batches for s in _split(config, batch, sentinel)]
   validation = [s for batch in validation_batches for s in _split(config, batch, sentinel)]
   if not calibration:

@@ -110,6 +110,7 @@ class DecoderConfig(Checked):
       'num_layers': 1, 'max_positions': 1, 'sliding_window': 1, 'norm_eps': 0,
       'initializer_std': 0, 'pad_id': 0, 'bos_id': 0, 'position_offset': 0,
   }
+  most: ClassVar[Mapping[str, float]] = {'num_layers': 4096}
   family: str
   vocab_size: int
   d_model: int

@@ -37,6 +37,7 @@ class EncDecConfig(Checked):
       'num_decoder_layers': 1, 'norm_eps': 0, 'relative_attention_max_distance': 1,
       'initializer_factor': 0, 'pad_id': 0, 'eos_id': 0, 'decoder_start_id': 0,
   }
+  most: ClassVar[Mapping[str, float]] = {'num_layers': 4096, 'num_decoder_layers': 4096}
   family: str = 'switch'
   vocab_size: int
   d_model: int
@@ -66,6 +67,11 @@ class EncDecConfig(Checked):
         self.relative_attention_num_buckets >= 4 and self.relative_attention_num_buckets % 2 == 0,
         'model.relative_attention_num_buckets', self.relative_attention_num_buckets,
         'an even number, at least 4',
+    )
+    buckets, reach = self.relative_attention_num_buckets, self.relative_attention_max_distance
+    require(
+        reach > buckets // 2, 'model.relative_attention_max_distance', reach,
+        f'over half of model.relative_attention_num_buckets = {buckets}',
     )
     for name in ('pad_id', 'eos_id', 'decoder_start_id'):
       require(

@@ -1,11 +1,13 @@
 """Settings of a run: data, optimizer, mesh, training loop, and the experiment that holds them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
+import math
 from typing import Any, ClassVar
 
 from moejax.config.decoder import DecoderConfig
 from moejax.config.encdec import EncDecConfig
+from moejax.config.moe import require
 from moejax.settings import Checked, from_json
 
 ModelConfig = EncDecConfig | DecoderConfig
@@ -16,23 +18,49 @@ def model_from_json(values: Mapping[str, Any]) -> ModelConfig:
   return from_json(ModelConfig, values)  # type: ignore[arg-type,var-annotated]
 
 
+def require_weights(weights: Sequence[float], sources: int, field: str) -> None:
+  """Raises UserError unless there is one weight a source, none negative, and one above 0."""
+  require(
+      len(weights) == sources, field, tuple(weights),
+      f'{len(weights)} for {sources} sources: give one for each',
+  )
+  require(
+      all(math.isfinite(w) and w >= 0 for w in weights), field, tuple(weights),
+      'each a finite number, at least 0',
+  )
+  require(any(w > 0 for w in weights), field, tuple(weights), 'at least one above 0')
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig(Checked):
-  """Text to span-corrupted samples (T5, arXiv 1910.10683, 3.1.4). Lengths are in tokens.
+  """From text to samples. Lengths are in tokens.
 
-  Files are paths, globs or 'archive.tgz::glob'; an empty `tokenizer` trains one on train_files.
+  train_files, valid_files: paths, folders, globs or 'archive.tgz::glob'. train_weights: the share
+    of the training rows that each entry of train_files gives, relative to the others; empty for
+    all texts in one, each as often as the others. An empty `tokenizer` trains one on train_files.
+  num_sentinels, encoder_length, noise_density, mean_span: span-corrupted samples of
+    encoder-decoders (T5, arXiv 1910.10683, 3.1.4). sequence_length: packed rows of decoders.
   """
 
   section: ClassVar[str] = 'data.'
-  least: ClassVar[Mapping[str, float]] = {'num_sentinels': 0, 'encoder_length': 3, 'seed': 0}
+  least: ClassVar[Mapping[str, float]] = {
+      'num_sentinels': 0, 'encoder_length': 3, 'sequence_length': 2, 'seed': 0,
+  }
   train_files: tuple[str, ...] = ()
+  train_weights: tuple[float, ...] = ()
   valid_files: tuple[str, ...] = ()
   tokenizer: str = ''
   num_sentinels: int = 100
   encoder_length: int = 512
   noise_density: float = 0.15
   mean_span: float = 3.0
+  sequence_length: int = 512
   seed: int = 0
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.train_weights:
+      require_weights(self.train_weights, len(self.train_files), 'data.train_weights')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -29,6 +29,20 @@ def entries(config: ModelConfig, found: Files | None = None) -> tuple[rules.Entr
   return rules.expand(family.rules(config, found), family.sizes(config), family.layers(config))
 
 
+def _checked_dtype(dtype: Any) -> np.dtype | None:
+  """A dtype that weights may be cast to, or None; another one raises UserError."""
+  if dtype is None:
+    return None
+  known = {np.dtype(d): name for name, d in DTYPES.items()}
+  try:
+    found = np.dtype(DTYPES.get(dtype, dtype) if isinstance(dtype, str) else dtype)
+  except TypeError:
+    found = None
+  if found not in known:
+    raise UserError(f'dtype = {dtype!r}: one of {", ".join(DTYPES)}, or None for what is stored')
+  return found
+
+
 class HfSource:
   """A Hugging Face folder under our paths; leaves are `Chunked`, read when asked for."""
 
@@ -43,6 +57,7 @@ class HfSource:
       UserError: anything missing, extra, misshapen, unknown or corrupt, by its name.
     """
     self.folder = files.require_folder(folder)
+    self._dtype = _checked_dtype(dtype)
     parsed = hf_config.read(self.folder, tuple(sorted(BY_MODEL_TYPE)))
     family = BY_MODEL_TYPE[parsed.model_type]
     try:
@@ -53,7 +68,6 @@ class HfSource:
     parsed.fields.finish()
     self._checkpoint = checkpoint.open_folder(self.folder)
     found = Files(parsed.values, self._checkpoint.names())
-    self._dtype = None if dtype is None else np.dtype(dtype)
     self._matches = {
         match.entry.ours: match
         for match in rules.match(entries(self.config, found), self._checkpoint, family.ignored)
@@ -137,7 +151,7 @@ def to_hf(
   values = FAMILIES[config.family].write_config(config)
   table = entries(config)
   _check_coverage(table, source)
-  target = None if dtype is None else np.dtype(dtype)
+  target = _checked_dtype(dtype)
   stored = target or _dtype_of(source.abstract('shared/embedding'))
   values |= {
       'model_type': FAMILIES[config.family].model_types[0],

@@ -22,7 +22,7 @@ HARMLESS = frozenset((
     'diversity_penalty', 'temperature', 'top_k', 'top_p', 'typical_p', 'repetition_penalty',
     'length_penalty', 'no_repeat_ngram_size', 'encoder_no_repeat_ngram_size', 'bad_words_ids',
     'num_return_sequences', 'remove_invalid_values', 'exponential_decay_length_penalty',
-    'add_router_probs', 'router_ignore_padding_tokens', 'router_type', 'batch_prioritized_routing',
+    'add_router_probs', 'router_type', 'batch_prioritized_routing',
     'add_cross_attention', 'cross_attention_hidden_size', 'attn_implementation', 'auto_map',
     '_attn_implementation_autoset', 'tie_encoder_decoder',
 ))

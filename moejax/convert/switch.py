@@ -58,6 +58,7 @@ def read_config(fields: hf_config.Fields) -> EncDecConfig:
       expert_capacity=None if capacity >= NO_CAPACITY else capacity,
       router_z_loss_coef=float(fields.take('router_z_loss_coef', 0.001, int, float)),
       router_aux_loss_coef=float(fields.take('router_aux_loss_coef', 0.001, int, float)),
+      router_ignore_padding_tokens=fields.take('router_ignore_padding_tokens', False, bool),
       **steps,
   )
   return EncDecConfig(
@@ -87,6 +88,7 @@ def write_config(config: EncDecConfig) -> dict[str, Any]:
       'router_bias': moe.router_bias, 'router_jitter_noise': moe.router_jitter_noise,
       'router_dtype': 'float32', 'router_z_loss_coef': moe.router_z_loss_coef,
       'router_aux_loss_coef': moe.router_aux_loss_coef,
+      'router_ignore_padding_tokens': moe.router_ignore_padding_tokens,
       'dense_act_fn': config.activation, 'tie_word_embeddings': config.tie_embeddings,
   }
 

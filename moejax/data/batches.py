@@ -1,16 +1,16 @@
-"""Deterministic span-corruption batches: batch i is a pure function of (corpus, seed, i).
+"""Deterministic batches: batch i is a pure function of (corpus, seed, i).
 
 So the whole state of the data is one integer, every process builds only its own rows, and a resumed
-run sees what the unbroken run would have seen. A batch is a dict of `encoder_tokens` int32 [b, s],
-`decoder_tokens` and `targets` int32 [b, t], and `weights` float32 [b, t] (0 on padding).
+run sees what the unbroken run would have seen. `SpanBatches` are those of encoder-decoders; for
+decoders see `packing`, for several sources `mixture`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import dataclasses
 import functools
 import queue
 import threading
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -21,7 +21,61 @@ from moejax.data import tokenizer as tokenizer_lib
 
 Batch = dict[str, Any]
 _ORDER, _CUT, _NOISE = range(3)  # random streams
-_SHORTEST = 2
+
+
+class Batches(Protocol):
+  """Batches by index, without end unless they are fixed.
+
+  `row` and `batch` are pure functions of the index, so a run resumes by it alone.
+  """
+
+  @property
+  def batch_size(self) -> int:
+    """Rows of a batch."""
+
+  @property
+  def num_samples(self) -> int:
+    """Rows of an epoch; the last may be shared with the next one."""
+
+  @property
+  def num_batches(self) -> int:
+    """Batches that cover an epoch."""
+
+  @property
+  def num_tokens(self) -> int:
+    """Tokens of the texts."""
+
+  @property
+  def num_documents(self) -> int:
+    """Texts."""
+
+  @property
+  def spec(self) -> Mapping[str, jax.ShapeDtypeStruct]:
+    """Shape [b, ...] and dtype of each array of a batch."""
+
+  def row(self, index: int) -> Batch:
+    """Row `index` of the stream of all rows: NumPy arrays without the batch axis."""
+
+  def batch(self, index: int, rows: slice = slice(None)) -> Batch:
+    """Rows (default all) of batch `index`, as NumPy arrays."""
+
+  def epoch_of(self, index: int) -> float:
+    """How many times the texts have been seen before batch `index`."""
+
+
+def stack_rows(batches: Batches, index: int, rows: slice = slice(None)) -> Batch:
+  """Rows of batch `index`, made one by one; see `Batches.batch`."""
+  first = index * batches.batch_size
+  made = [batches.row(first + i) for i in range(batches.batch_size)[rows]]
+  return {name: np.stack([row[name] for row in made]) for name in made[0]}
+
+
+def make_spec(batch_size: int, **rows: tuple[int, Any]) -> dict[str, jax.ShapeDtypeStruct]:
+  """A `Batches.spec` from the (width, dtype) of each name."""
+  return {
+      name: jax.ShapeDtypeStruct((batch_size, width), dtype)
+      for name, (width, dtype) in rows.items()
+  }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,21 +92,26 @@ class Corpus:
 
 def tokenize(
     documents: Iterable[str], tokenizer: tokenizer_lib.Tokenizer, name: str, *,
-    sample_tokens: int = _SHORTEST,
+    sample_tokens: int = 2, shortest: int = 2, length_field: str = 'data.encoder_length',
 ) -> Corpus:
-  """Turns documents into a `Corpus`, 32 at a time; one of less than two tokens is left out.
+  """Turns documents into a `Corpus`, 32 at a time.
 
-  Short documents make short, padded samples; but a text that is, all in all, less than one full
-  sample is a mistake.
+  Short documents make short, padded samples or share one; but a text that is, all in all, less than
+  one full sample is a mistake.
+
+  Args:
+    name: what to call the documents in messages.
+    sample_tokens: tokens of a full sample. length_field: the setting that it follows from.
+    shortest: documents of fewer tokens are left out.
 
   Raises:
-    UserError: they have less than `sample_tokens` tokens together; the message has `name` in it.
+    UserError: they have less than `sample_tokens` tokens together.
   """
   pieces: list[np.ndarray] = []
   chunk: list[str] = []
 
   def flush():
-    pieces.extend(ids for ids in tokenizer.encode_batch(chunk) if len(ids) >= _SHORTEST)
+    pieces.extend(ids for ids in tokenizer.encode_batch(chunk) if len(ids) >= shortest)
     chunk.clear()
 
   for document in documents:
@@ -64,7 +123,7 @@ def tokenize(
   if total < sample_tokens:
     raise errors.UserError(
         f'{name}: a text of {total} tokens; one sample has {sample_tokens}: give a longer text, or '
-        'lower encoder_length'
+        f'shorten the samples ({length_field})'
     )
   starts = np.cumsum([0] + [len(piece) for piece in pieces])
   return Corpus(tokens=np.concatenate(pieces), starts=starts)
@@ -73,6 +132,9 @@ def tokenize(
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpanBatches:
   """Span-corrupted batches of a corpus, by index.
+
+  A batch is a dict of `encoder_tokens` int32 [b, s], `decoder_tokens` and `targets` int32 [b, t],
+  and `weights` float32 [b, t] (0 on padding).
 
   A document of L tokens gives ceil(L / T) windows of at most T tokens; none crosses a document. In
   training every epoch has its own order, window cuts and noise. With `fixed=True` (evaluation)
@@ -107,6 +169,25 @@ class SpanBatches:
     """Batches that cover an epoch; the last may be padded when `fixed`."""
     return -(-self.num_samples // self.batch_size)
 
+  @property
+  def num_tokens(self) -> int:
+    """Tokens of the corpus."""
+    return len(self.corpus.tokens)
+
+  @property
+  def num_documents(self) -> int:
+    """Documents of the corpus."""
+    return self.corpus.num_documents
+
+  @property
+  def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and dtype of each array of a batch."""
+    source, target = self.lengths.inputs, self.lengths.targets
+    return make_spec(
+        self.batch_size, encoder_tokens=(source, np.int32), decoder_tokens=(target, np.int32),
+        targets=(target, np.int32), weights=(target, np.float32),
+    )
+
   def window(self, epoch: int, sample: int) -> np.ndarray:
     """Raw tokens int32 [n], n <= lengths.tokens, of a sample of an epoch (before shuffling)."""
     document = int(np.searchsorted(self._windows, sample, side='right')) - 1
@@ -119,8 +200,11 @@ class SpanBatches:
     start = begin - shift + (sample - int(self._windows[document])) * self.lengths.tokens
     return self.corpus.tokens[max(start, begin) : min(start + self.lengths.tokens, end)]
 
-  def _order(self, epoch: int) -> np.ndarray:
-    return _epoch_order(self.seed, epoch, self.num_samples)
+  @functools.cached_property
+  def _order(self) -> Callable[[int], np.ndarray]:
+    """The order of samples of an epoch, int64 [num_samples]; remembers the last."""
+    draw = lambda epoch: np.random.default_rng([self.seed, _ORDER, epoch])
+    return functools.lru_cache(maxsize=1)(lambda epoch: draw(epoch).permutation(self.num_samples))
 
   def row(self, index: int) -> Batch:
     """Row `index` of the endless stream of samples, unbatched.
@@ -158,32 +242,19 @@ class SpanBatches:
 
   def batch(self, index: int, rows: slice = slice(None)) -> Batch:
     """Rows (default all) of batch `index`, as NumPy arrays."""
-    picked = range(self.batch_size)[rows]
-    made = [self.row(index * self.batch_size + i) for i in picked]
-    return {name: np.stack([row[name] for row in made]) for name in made[0]}
+    return stack_rows(self, index, rows)
 
   def epoch_of(self, index: int) -> float:
     """How many times the corpus has been seen before batch `index`."""
     return index * self.batch_size / self.num_samples
 
 
-@functools.lru_cache(maxsize=4)
-def _epoch_order(seed: int, epoch: int, samples: int) -> np.ndarray:
-  return np.random.default_rng([seed, _ORDER, epoch]).permutation(samples)
-
-
-def to_global(batches: SpanBatches, index: int, sharding: jax.sharding.Sharding) -> Batch:
+def to_global(batches: Batches, index: int, sharding: jax.sharding.Sharding) -> Batch:
   """Batch `index` as global arrays; each process makes only the rows its devices hold.
 
   Args:
     sharding: of [b, ...] arrays; only the leading axis may be split.
   """
-  widths = {
-      'encoder_tokens': batches.lengths.inputs,
-      'decoder_tokens': batches.lengths.targets,
-      'targets': batches.lengths.targets,
-      'weights': batches.lengths.targets,
-  }
   rows = functools.cache(lambda i: batches.row(index * batches.batch_size + i))
 
   def piece(name: str, where: tuple[slice, ...]) -> np.ndarray:
@@ -192,14 +263,14 @@ def to_global(batches: SpanBatches, index: int, sharding: jax.sharding.Sharding)
 
   return {
       name: jax.make_array_from_callback(
-          (batches.batch_size, width), sharding, functools.partial(piece, name)
+          array.shape, sharding, functools.partial(piece, name), dtype=array.dtype
       )
-      for name, width in widths.items()
+      for name, array in batches.spec.items()
   }
 
 
 def prefetch(
-    batches: SpanBatches, start: int, stop: int, sharding: jax.sharding.Sharding, depth: int = 2
+    batches: Batches, start: int, stop: int, sharding: jax.sharding.Sharding, depth: int = 2
 ) -> Iterator[tuple[int, Batch]]:
   """Yields (index, global batch) for start <= index < stop, made ahead by one thread."""
   made: queue.Queue = queue.Queue(maxsize=depth)

@@ -1,6 +1,8 @@
 """Text files as a stream of documents, through `datasets`; one file is one document.
 
-A source is a file, a glob, or `archive::glob` for members of a .tar, .tar.gz, .tgz or .zip.
+A source is a file, a folder, a glob, or `archive::glob` for members of a .tar, .tar.gz, .tgz or
+.zip. Of a folder it is every file below it that ends in .txt, .text or .md, or has no ending; what
+begins with a dot is left out, and links to other folders are not followed.
 """
 
 from collections.abc import Iterator, Sequence
@@ -16,6 +18,7 @@ import zlib
 from moejax import errors
 
 _PROBE_BYTES = 1 << 20
+_TEXT_ENDINGS = ('.txt', '.text', '.md', '')
 _TAR_ENDINGS = ('.tar', '.tar.gz', '.tgz', '.tar.bz2', '.tar.xz')
 _BROKEN_ARCHIVE = (
     tarfile.TarError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, OSError,
@@ -27,14 +30,14 @@ def documents(sources: Sequence[str], field: str = 'data.train_files') -> Iterat
   """Yields the text of each document, files in sorted order within a source.
 
   Args:
-    sources: files, globs or 'archive::glob' entries.
+    sources: files, folders, globs or 'archive::glob' entries.
     field: name of the setting they come from, for error messages.
 
   Raises:
     UserError: nothing matches, or a file is empty, binary, or not UTF-8; names the file.
   """
   if not sources:
-    raise errors.UserError(f'{field} is empty: name at least one text file or glob')
+    raise errors.UserError(f'{field} is empty: name at least one text file, folder or glob')
   for source in sources:
     if '::' in source:
       yield from _archive_documents(source, field)
@@ -45,7 +48,7 @@ def documents(sources: Sequence[str], field: str = 'data.train_files') -> Iterat
 def _expand(source: str, field: str) -> list[str]:
   path = os.path.expanduser(source)
   if os.path.isdir(path):
-    raise errors.UserError(f'{field}: {source} is a folder; name its files, e.g. {source}/*.txt')
+    return _files_below(path, field)
   files = [path] if os.path.exists(path) else sorted(glob.glob(path, recursive=True))
   files = [file for file in files if os.path.isfile(file)]
   if not files:
@@ -54,6 +57,30 @@ def _expand(source: str, field: str) -> list[str]:
     hint = errors.did_you_mean(pathlib.Path(path).name, names)
     raise errors.UserError(f'{field}: no file matches {source}{hint}')
   return files
+
+
+def _files_below(folder: str, field: str) -> list[str]:
+  """The text files below a folder, in the order of their paths."""
+
+  def fail(error: OSError):
+    raise errors.UserError(f'cannot read {error.filename}: {error.strerror}') from error
+
+  found, endings = [], set()
+  for parent, folders, names in os.walk(folder, onerror=fail):
+    folders[:] = [name for name in folders if not name.startswith('.')]
+    for name in names:
+      if not name.startswith('.'):
+        ending = pathlib.Path(name).suffix.lower()
+        endings.add(ending)
+        if ending in _TEXT_ENDINGS:
+          found.append(os.path.join(parent, name))
+  if not found:
+    others = f', but {", ".join(sorted(endings))}' if endings else ''
+    raise errors.UserError(
+        f'{field}: no file below {folder} ends in .txt, .text, .md or nothing{others}; name other '
+        f'files by a glob, e.g. {os.path.join(folder, "**", "*" + min(endings, default=".rst"))}'
+    )
+  return sorted(found)
 
 
 def _file_documents(files: list[str]) -> Iterator[str]:

@@ -1,7 +1,7 @@
 """Our own byte-level BPE tokenizer, trained on the corpus and laid out as T5 lays out its ids.
 
 pad 0, EOS 1, unknown 2; sentinel k is `<extra_id_k>` with id vocab_size - 1 - k (arXiv 1910.10683,
-3.1.4). The merges come from `tokenizers`; this file only fixes the layout.
+3.1.4), and there may be none. The merges come from `tokenizers`; this file only fixes the layout.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,6 +14,7 @@ from moejax import errors, files
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 SPECIAL = ('<pad>', '</s>', '<unk>')
+_ENDS = ('</s>', '<|endoftext|>')
 FILE_NAME = 'tokenizer.json'
 
 
@@ -35,6 +36,17 @@ class Tokenizer:
     while self._backend.token_to_id(f'<extra_id_{count}>') == self.vocab_size - 1 - count:
       count += 1
     return count
+
+  @property
+  def first_sentinel(self) -> int:
+    """The least sentinel id, or the size of the vocabulary where there is none."""
+    return self.vocab_size - self.num_sentinels
+
+  @property
+  def eos_id(self) -> int | None:
+    """Id of `</s>` or else of `<|endoftext|>`; None if it knows neither."""
+    known = (self._backend.token_to_id(token) for token in _ENDS)
+    return next((token for token in known if token is not None), None)
 
   def encode(self, text: str) -> np.ndarray:
     """Ids int32 [n] of a text, without EOS."""
@@ -105,8 +117,7 @@ def load(path: str | os.PathLike) -> Tokenizer:
     file = file / FILE_NAME
   if not file.is_file():
     raise errors.UserError(
-        f'no tokenizer at {file}: put the one of the model there, or leave data.tokenizer empty to '
-        'train one'
+        f'no tokenizer at {file}: put the one that came with the model there'
     )
   try:
     return Tokenizer(tokenizers.Tokenizer.from_file(str(file)))

@@ -95,12 +95,12 @@ class Bigram:
 
   def content_loss(
       self, batches: Iterable[Mapping[str, Any]], config: config_lib.ModelConfig,
-      num_sentinels: int,
+      first_sentinel: int,
   ) -> float:
-    """Mean -log P (nats) at the masked words, given the true token before."""
+    """Mean -log P (nats) at the masked words, or at a decoder's targets, given the token before."""
     total, count = 0.0, 0
     for batch in batches:
-      words = samples.previous_tokens(batch, config, num_sentinels)
+      words = samples.previous_tokens(batch, config, first_sentinel)
       total -= float(np.log(self.probability(words.previous, words.tokens)).sum())
       count += len(words.tokens)
     return total / max(count, 1)

@@ -15,6 +15,7 @@ import numpy as np
 from moejax import config as config_lib
 from moejax import model as model_lib
 from moejax import tree
+from moejax.data import layout
 from moejax.errors import UserError
 from moejax.train import step as step_lib
 
@@ -22,10 +23,10 @@ Batch = Mapping[str, Any]
 
 
 def content_mask(
-    config: config_lib.ModelConfig, batch: Batch, num_sentinels: int
+    config: config_lib.ModelConfig, batch: Batch, first_sentinel: int
 ) -> jax.Array:
   """float32 [b, t]: 1 on masked words, 0 on sentinels, EOS and padding."""
-  return step_lib.content_weights(batch, config, num_sentinels)
+  return step_lib.content_weights(batch, config, first_sentinel)
 
 
 def loss_sums(logits_btv: jax.Array, batch: Batch, content_bt: jax.Array) -> dict[str, jax.Array]:
@@ -99,11 +100,11 @@ def without_experts(params: Mapping[str, Any]) -> dict[str, Any]:
   return tree.map_paths(cut, params)
 
 
-@functools.partial(jax.jit, static_argnames=('config', 'num_sentinels', 'dtype'))
-def _batch_sums(params, batch, *, config, num_sentinels, dtype):
+@functools.partial(jax.jit, static_argnames=('config', 'first_sentinel', 'dtype'))
+def _batch_sums(params, batch, *, config, first_sentinel, dtype):
   """Logits of a batch, content mask, and sums; one program for a model and what it is held to."""
   output = model_lib.forward(config, params, batch, dtype=dtype)
-  content = content_mask(config, batch, num_sentinels)
+  content = content_mask(config, batch, first_sentinel)
   sums = loss_sums(output.logits_btv, batch, content)
   return output.logits_btv, content, sums | layer_loads(output, batch, config.pad_id)
 
@@ -125,7 +126,7 @@ def evaluate(
     model: model_lib.Model,
     batches: Iterable[Batch],
     *,
-    num_sentinels: int = 100,
+    first_sentinel: int | None = None,
     against: model_lib.Model | None = None,
     dtype: Any = jnp.float32,
     examples: int = 0,
@@ -135,7 +136,8 @@ def evaluate(
   Args:
     model: params may be arrays or weight nodes.
     batches: dicts of encoder_tokens [b, s], decoder_tokens, targets, weights [b, t].
-    num_sentinels: the top ids that stand for masked spans and are no content.
+    first_sentinel: the least id that stands for a masked span and is no content, of an
+      encoder-decoder; None for `layout.first_sentinel`.
     against: a model to compare with on the same batches.
     dtype: of the activations.
     examples: rows of the first batch to return with the model's guesses.
@@ -150,7 +152,11 @@ def evaluate(
   """
   if against is not None:
     check_comparable(model.config, against.config)
-  run = functools.partial(_batch_sums, num_sentinels=num_sentinels, dtype=jnp.dtype(dtype))
+  run = functools.partial(
+      _batch_sums, dtype=jnp.dtype(dtype),
+      first_sentinel=layout.first_sentinel(model.config) if first_sentinel is None
+      else first_sentinel,
+  )
   sums: dict[str, Any] | None = None
   rows: list[dict[str, Any]] = []
   for batch in batches:
@@ -161,7 +167,7 @@ def evaluate(
       new['reference_content_loss'] = known['content_loss']
     if examples and not rows:
       guesses = np.asarray(jnp.argmax(logits, axis=-1))
-      rows = examples_of(batch, guesses, model.config.pad_id, examples)
+      rows = examples_of(batch, guesses, model.config.pad_id or 0, examples)
     new = jax.device_get(new)
     new = {name: np.asarray(value, np.float64) for name, value in new.items()}
     sums = new if sums is None else {name: sums[name] + new[name] for name in sums}

@@ -10,7 +10,7 @@ import numpy as np
 from moejax import config as config_lib
 from moejax import files, store
 from moejax.data import batches as batches_lib
-from moejax.data import span_corruption
+from moejax.data import layout
 from moejax.data import tokenizer as tokenizer_lib
 from moejax.errors import UserError
 
@@ -26,9 +26,21 @@ def _find_data(values: Any) -> Mapping[str, Any] | None:
   return next((data for data in found if data is not None), None)
 
 
-def data_config(*folders: str | pathlib.Path) -> config_lib.DataConfig:
+def data_config(
+    *folders: str | pathlib.Path, sample_length: int = 0
+) -> config_lib.DataConfig:
   """How a model was trained to see text: from the manifest of the first folder that tells, or of
-  the folder it was made from; else the defaults."""
+  the folder it was made from; else the defaults.
+
+  sample_length: tokens a sample instead; 0 for what was found.
+  """
+  found = _found_config(*folders)
+  if not sample_length:
+    return found
+  return dataclasses.replace(found, encoder_length=sample_length, sequence_length=sample_length)
+
+
+def _found_config(*folders: str | pathlib.Path) -> config_lib.DataConfig:
   for folder in folders:
     seen: set[pathlib.Path] = set()
     path = pathlib.Path(folder)
@@ -39,7 +51,10 @@ def data_config(*folders: str | pathlib.Path) -> config_lib.DataConfig:
         break
       found = _find_data(provenance)
       if found is not None:
-        return config_lib.from_json(config_lib.DataConfig, found, 'data')
+        try:
+          return config_lib.from_json(config_lib.DataConfig, found, 'data')
+        except UserError as error:
+          raise UserError(f'{path / store.MANIFEST}: provenance: {error}') from error
       path = pathlib.Path(str(provenance.get('source', '')))
   return config_lib.DataConfig()
 
@@ -52,28 +67,18 @@ def fixed_batches(
     *,
     batch_size: int = 32,
     name: str = 'the text',
-) -> batches_lib.SpanBatches:
-  """Span-corrupted batches that are the same on every call.
+) -> batches_lib.Batches:
+  """Batches that are the same on every call: span-corrupted, or packed for a decoder.
 
   Raises:
-    UserError: the tokenizer is another model's, or the text is shorter than one sample.
+    UserError: see `layout.make_batches`.
   """
-  if tokenizer.vocab_size != config.vocab_size:
-    raise UserError(
-        f'the tokenizer has {tokenizer.vocab_size} ids, the model {config.vocab_size}: '
-        'use the tokenizer.json that came with the model'
-    )
-  lengths = span_corruption.lengths_for(data.encoder_length, data.noise_density, data.mean_span)
-  corpus = batches_lib.tokenize(documents, tokenizer, name, sample_tokens=lengths.tokens)
-  return batches_lib.SpanBatches(
-      corpus=corpus, batch_size=batch_size, lengths=lengths,
-      vocab_size=config.vocab_size, seed=data.seed, noise_density=data.noise_density,
-      mean_span=data.mean_span, pad_id=config.pad_id, eos_id=config.eos_id,
-      decoder_start_id=config.decoder_start_id, fixed=True,
+  return layout.make_batches(
+      config, data, documents, tokenizer, batch_size=batch_size, fixed=True, name=name
   )
 
 
-def spread(batches: batches_lib.SpanBatches, limit: int) -> Iterator[dict[str, Any]]:
+def spread(batches: batches_lib.Batches, limit: int) -> Iterator[dict[str, Any]]:
   """At most `limit` batches (0: all) spread evenly over the text."""
   total = batches.num_batches
   count = min(limit, total) if limit else total
@@ -83,25 +88,31 @@ def spread(batches: batches_lib.SpanBatches, limit: int) -> Iterator[dict[str, A
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ContentTokens:
-  """Masked words and the true token before each, int [n]; -1 where nothing comes before."""
+  """Words to predict and the true token before each, int [n]; -1 where nothing comes before."""
 
   tokens: np.ndarray
   previous: np.ndarray
 
 
 def previous_tokens(
-    batch: Mapping[str, Any], config: config_lib.ModelConfig, num_sentinels: int
+    batch: Mapping[str, Any], config: config_lib.ModelConfig, first_sentinel: int
 ) -> ContentTokens:
   """The content tokens of a batch with the token that stands before them in the text.
 
-  Inside a span that is the target before; at the head of a span it is the encoder token before the
-  span's sentinel.
+  For a decoder that is the token at the target's own place. For an encoder-decoder it is the target
+  before, inside a span; at the head of a span it is the encoder token before the span's sentinel.
   """
-  first = config.vocab_size - num_sentinels
   targets = np.asarray(batch['targets'])
+  if isinstance(config, config_lib.DecoderConfig):
+    content = (np.asarray(batch['weights']) > 0) & ~np.isin(targets, config.eos_ids)
+    return ContentTokens(
+        tokens=targets[content].astype(np.int64),
+        previous=np.asarray(batch['tokens'])[content].astype(np.int64),
+    )
+  first = first_sentinel
   encoder = np.asarray(batch['encoder_tokens'])
   content = (np.asarray(batch['weights']) > 0) & (targets < first) & (targets != config.eos_id)
-  before = np.full((len(encoder), num_sentinels), -1, np.int64)
+  before = np.full((len(encoder), config.vocab_size - first), -1, np.int64)
   rows, columns = np.nonzero((encoder >= first)[:, 1:])
   before[rows, encoder[rows, columns + 1] - first] = encoder[rows, columns]
   left = np.concatenate([np.full((len(targets), 1), -1), targets[:, :-1]], axis=1)
@@ -114,9 +125,9 @@ def previous_tokens(
 def example_pieces(
     example: Mapping[str, list[int]], tokenizer: tokenizer_lib.Tokenizer, eos_id: int = 1
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-  """An example as text: [{'text', 'hidden'}] of the passage with the spans put back, and
-  [{'text', 'right'}] of the guesses, one for each hidden token (`metrics.examples_of`)."""
-  first = tokenizer.vocab_size - tokenizer.num_sentinels
+  """An example of an encoder-decoder as text (`metrics.examples_of`): [{'text', 'hidden'}] of the
+  passage with the spans put back, and [{'text', 'right'}] of the guesses, one a hidden token."""
+  first = tokenizer.first_sentinel
   spans: dict[int, list[int]] = {}
   guesses, current = [], None
   for target, guess in zip(example['targets'], example['guesses'], strict=True):

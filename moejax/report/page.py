@@ -35,7 +35,7 @@ def _header(report: Report) -> str:
     experts = before.sizes.get('expert_bytes', 0) / max(best.sizes.get('expert_bytes', 1), 1)
     form = '.0f' if experts >= 10 else '.1f'
     cells.append((f'{experts:{form}}×', 'smaller, the experts'))
-    cells.append((f'{best.bits:.2f}', 'bits for each expert weight, everything counted'))
+    cells.append((f'{best.bits:.3f}', 'bits for each expert weight, everything counted'))
   if best.agreement is not None:
     cells.append((f'{best.agreement:.0%}', 'same first answer as the uncompressed model'))
   elif best.loss is not None:

@@ -15,7 +15,7 @@ def headline(report: Report) -> str:
   best, before = report.headline, report.before
   parts = [
       f'The experts of this model went from <b>{before.bits or 16:.3g} bits</b> to '
-      f'<b>{best.bits:.2f} bits</b> for each weight' if best.bits else 'This model was compressed',
+      f'<b>{best.bits:.3f} bits</b> for each weight' if best.bits else 'This model was compressed',
       f'the whole model from <b>{megabytes(before.stored_bytes)}</b> to '
       f'<b>{megabytes(best.stored_bytes)}</b>',
   ]

@@ -1,12 +1,16 @@
 """A router's logits, and the routers by name."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from moejax.config import MoeConfig
-from moejax.routing import switch, topk
+from moejax.errors import UserError
+from moejax.routing import capacity as capacity_lib
+from moejax.routing import draws as draws_lib
+from moejax.routing import estimators, gshard, hashed, sparsemixer, switch, threshold, topk
 from moejax.routing.types import Routing
 
 
@@ -31,6 +35,25 @@ def jitter(x_btd: jax.Array, amount: float, key: jax.Array) -> jax.Array:
   return x_btd.astype(jnp.float32) * noise
 
 
+def expert_capacity(config: MoeConfig, length: int) -> int | None:
+  """Tokens an expert takes from one sequence of a length, or None for no bound.
+
+  The even share that `capacity_factor` multiplies is length * top_k / num_experts. Router
+  'threshold' has no fixed number of choices and counts one (XMoE, arXiv 2403.18926).
+  """
+  if config.capacity_factor is None:
+    return config.expert_capacity
+  choices = 1 if config.router == 'threshold' else config.top_k
+  return capacity_lib.tokens(config.capacity_factor, length, choices, config.num_experts)
+
+
+def _groups(config: MoeConfig, batch: int, groups: int, train: bool) -> int:
+  """Parts of the batch that are balanced one by one; a small batch of evaluation is one part."""
+  if config.balance != 'local' or (not train and batch % groups):
+    return 1
+  return groups
+
+
 def route(
     config: MoeConfig,
     logits_bte: jax.Array,
@@ -39,19 +62,75 @@ def route(
     valid_bt: jax.Array | None = None,
     tokens_bt: jax.Array | None = None,
     groups: int = 1,
+    draws: draws_lib.Draws | None = None,
 ) -> Routing:
   """Routes with the router that the config names.
 
+  Its load-balance loss is the 'global' or the 'local' one of `losses.load_balance_loss`. With
+  balance 'pooled' it is the global one of the layer: the pooled loss is of all layers together,
+  see `losses.pooled_load_balance_loss`.
+
+  Router 'threshold' chooses among all experts, or top_k at most where top_k is above 1. Jitter,
+  bias and SparseMixer-v1's omega belong to the layer, not to its router.
+
   Args:
     config: router, choices, capacity, losses.
-    logits_bte: float32 router logits.
-    key: for routers that sample; None is evaluation, deterministic.
+    logits_bte: router logits; computed in float32, or float64 if they are.
+    key: for routers that sample; None is evaluation, deterministic, and the dense estimators then
+      evaluate their top_k experts only.
     valid_bt: bool; False tokens (padding) go to no expert and count in no loss.
     tokens_bt: token ids, for router 'hash'.
-    groups: equal parts of the batch that a 'local' balance loss looks at one by one.
+    groups: equal contiguous parts of the batch that a 'local' balance loss looks at one by one.
+    draws: recorded random numbers instead of a key.
+
+  Raises:
+    UserError: no token ids for router 'hash'; normalised gates for a router whose gates must stay
+      as they are; draws of another shape; in training, a batch that the groups do not divide.
   """
-  del key, tokens_bt, groups
-  capacity = config.expert_capacity
-  if config.router == 'switch':
-    return switch.route(logits_bte, capacity=capacity, valid_bt=valid_bt)
-  return topk.route(logits_bte, config.top_k, normalize=config.normalize_gates, valid_bt=valid_bt)
+  name, k = config.router, config.top_k
+  batch, length, _ = logits_bte.shape
+  train = key is not None or draws is not None
+  logits_bte = logits_bte.astype(jnp.promote_types(logits_bte.dtype, jnp.float32))
+  limits: dict[str, Any] = dict(
+      capacity=expert_capacity(config, length), valid_bt=valid_bt,
+      groups=_groups(config, batch, groups, train),
+  )
+  random: dict[str, Any] = dict(key=key, draws=draws, **limits)
+  if name == 'hash':
+    if tokens_bt is None:
+      raise UserError("moe.router = 'hash' needs the token ids: pass tokens_bt")
+    return hashed.route(tokens_bt, logits_bte, k, normalize=config.normalize_gates, **limits)
+  if name == 'topk':
+    return topk.route(logits_bte, k, normalize=config.normalize_gates, **limits)
+  if name == 'densemixer':
+    return estimators.densemixer(
+        logits_bte, k, normalize=config.normalize_gates, dense=train, **limits
+    )
+  if name == 'threshold':
+    return threshold.route(
+        logits_bte, config.threshold, limit=k if k > 1 else None,
+        normalize=config.normalize_gates, **limits
+    )
+  if name == 'gshard':
+    return gshard.route(logits_bte, **random)
+  if config.normalize_gates:
+    raise UserError(
+        f"moe.normalize_gates = True: the gates of router {name!r} carry its gradient as they are; "
+        "'topk', 'densemixer', 'threshold' and 'hash' can normalise theirs"
+    )
+  if name == 'switch':
+    return switch.route(logits_bte, **limits)
+  if name == 'sampled_gating':
+    return estimators.sampled_gating(
+        logits_bte, k, eps=config.jitter_eps, variant=config.variant, **random
+    )
+  if name in sparsemixer.RULES:
+    return sparsemixer.route(
+        logits_bte, k, version=name, eps=config.jitter_eps, variant=config.variant,
+        euler_on_argmax=config.euler_on_argmax, **random
+    )
+  sampled = {
+      'straight_through': estimators.straight_through, 'reinmax': estimators.reinmax,
+      'reinforce': estimators.reinforce,
+  }
+  return sampled[name](logits_bte, k, **random)

@@ -48,6 +48,11 @@ def check_same_run(old: dict, new: dict, folder: str | os.PathLike) -> list[str]
   return [f'{path}: {was!r} -> {now!r}' for path, (was, now) in changed.items()]
 
 
+def any_in(folder: pathlib.Path) -> bool:
+  """Whether a folder holds a whole checkpoint."""
+  return any(path.name.isdigit() for path in folder.glob('*')) if folder.is_dir() else False
+
+
 class Checkpoints:
   """The checkpoints below a folder, newest `keep` of them."""
 

@@ -28,7 +28,7 @@ SAVE_DTYPES = ('float32', 'bfloat16', 'float16')
 def evaluate(
     eval_step: Callable[[Any, Any], Any],
     params: Any,
-    batches: batches_lib.SpanBatches,
+    batches: batches_lib.Batches,
     train: config_lib.TrainConfig,
     mesh: Mesh,
 ) -> dict[str, np.ndarray]:
@@ -66,9 +66,11 @@ def prepare_workdir(workdir: str | os.PathLike) -> pathlib.Path:
 def initial_params(experiment: config_lib.Experiment) -> Any:
   """The parameters of `init_from`, or None to start from the seed."""
   if not experiment.init_from:
+    config = experiment.model
     if not experiment.train.aligned_start:
       return None
-    config = experiment.model
+    if not isinstance(config, config_lib.EncDecConfig):
+      raise errors.UserError('train.aligned_start is for encoder-decoders: set it to false')
     return aligned.align(model.init_params(config, jax.random.key(experiment.train.seed)), config)
   loaded = model.Model.load(experiment.init_from)
   nodes = [p for p, leaf in tree.flatten(loaded.params).items() if not tree.is_array(leaf)]
@@ -85,6 +87,8 @@ def initial_params(experiment: config_lib.Experiment) -> Any:
   if shapes[0] != shapes[1]:
     details = '; '.join(f'{k} is {a!r}, not {b!r}' for k, (a, b) in changed.items())
     raise errors.UserError(f'init_from {experiment.init_from} holds another model: {details}')
+  for path, (was, now) in changed.items():
+    say(f'  not as in {experiment.init_from}: {path}: {was!r} -> {now!r}')
   return loaded.params
 
 
@@ -118,6 +122,8 @@ def check(experiment: config_lib.Experiment) -> None:
   for name, allowed in (('save_dtype', SAVE_DTYPES), ('compute_dtype', step_lib.COMPUTE_DTYPES)):
     if getattr(train, name) not in allowed:
       raise errors.UserError(f'train.{name} = {getattr(train, name)!r}: one of {allowed}')
+  if experiment.init_from:
+    files.require_folder(experiment.init_from)
 
 
 def start(
@@ -171,8 +177,8 @@ def run(
       experiment.optim, train.steps, model.abstract_params(experiment.model)
   )
   workdir = prepare_workdir(workdir)
-  data = inputs.load(experiment, workdir)
-  say(f'data: {len(data.train.corpus.tokens):,} tokens in {data.train.corpus.num_documents:,} '
+  data = inputs.load(experiment, workdir, resuming=checkpoint.any_in(workdir / 'checkpoints'))
+  say(f'data: {data.train.num_tokens:,} tokens in {data.train.num_documents:,} '
       f'documents, {data.train.num_samples:,} samples an epoch')
   places = state_lib.shardings(state_lib.abstract(experiment.model, optimizer), mesh)
   keep = train.keep_checkpoints
@@ -186,9 +192,11 @@ def run(
 
     # --- Steps
     train_step = step_lib.jit_train_step(experiment, optimizer, mesh, places)
-    eval_step = step_lib.jit_eval_step(experiment, mesh, places)
+    eval_step = step_lib.jit_eval_step(
+        experiment, mesh, places, first_sentinel=data.tokenizer.first_sentinel
+    )
     log = Log(default_hooks(workdir, first) if hooks is None else hooks, train.steps)
-    meter = throughput.make_meter(experiment, data.train.lengths, mesh.size)
+    meter = throughput.make_meter(experiment, data.train, mesh.size)
     rate = optim.schedule(experiment.optim, train.steps)
     over = lambda: agreed(should_stop() or 0 < train.max_seconds < time.monotonic() - started)
     stop, placed = begin + train.steps - first, sharding.batch_sharding(mesh)

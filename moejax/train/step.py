@@ -10,6 +10,7 @@ import optax
 
 from moejax import config as config_lib
 from moejax import errors, model, sharding
+from moejax.routing import metrics as metrics_lib
 from moejax.routing.types import Routing
 from moejax.train import state as state_lib
 
@@ -28,11 +29,19 @@ def cross_entropy(
   return jax.nn.logsumexp(logits_btv, axis=-1) - picked, hit
 
 
-def content_weights(batch: Batch, config: config_lib.ModelConfig, num_sentinels: int) -> jax.Array:
-  """Weights with sentinels and EOS left out: what is left is text, float32 [b, t]."""
+def content_weights(batch: Batch, config: config_lib.ModelConfig, first_sentinel: int) -> jax.Array:
+  """Weights with sentinels and ends of texts left out: what is left is text, float32 [b, t]."""
   targets = batch['targets']
-  text = (targets < config.vocab_size - num_sentinels) & (targets != config.eos_id)
-  return batch['weights'] * text
+  if isinstance(config, config_lib.DecoderConfig):
+    return batch['weights'] * ~jnp.isin(targets, jnp.array(config.eos_ids, targets.dtype))
+  return batch['weights'] * ((targets < first_sentinel) & (targets != config.eos_id))
+
+
+def count_tokens(batch: Batch, config: config_lib.ModelConfig) -> jax.Array:
+  """Real tokens that the model reads, both stacks together."""
+  if isinstance(config, config_lib.DecoderConfig):
+    return jnp.sum(batch['segments'] > 0)
+  return jnp.sum(batch['encoder_tokens'] != config.pad_id) + jnp.sum(batch['weights'])
 
 
 def forward(
@@ -54,41 +63,22 @@ def forward(
 def routing_metrics(
     config: config_lib.ModelConfig, routings: Mapping[str, Routing], batch: Batch
 ) -> Metrics:
-  """Expert load [e] of each layer, and tokens to be routed; sums, so that microbatches add up.
+  """Sums of `routing.metrics` for each layer; microbatches add up.
 
   Padding counts as routed unless the config keeps it from the experts.
   """
-  skip_padding = config.moe is not None and config.moe.router_ignore_padding_tokens
-  metrics: Metrics = {}
-  for path, routing in routings.items():
-    real = jnp.sum(batch['encoder_tokens'] != config.pad_id if path.startswith('encoder/')
-                   else batch['weights'] > 0)
-    routed = real if skip_padding else routing.choice_mk.shape[0]
-    metrics[f'load/{path}'] = routing.load_e.astype(jnp.float32)
-    metrics[f'tokens/{path}'] = jnp.float32(routed * routing.choice_mk.shape[1])
-  return metrics
+  valid: dict[str, jax.Array | None] = {}
+  if config.moe is not None and config.moe.router_ignore_padding_tokens:
+    for path in routings:
+      real = (batch['encoder_tokens'] != config.pad_id if path.startswith('encoder/')
+              else batch['weights'] > 0)
+      valid[path] = real.reshape(-1)
+  return metrics_lib.layer_sums(routings, valid)
 
 
 def _finish_routing(metrics: Metrics) -> Metrics:
-  """Turns load sums into shares, their entropy (nats) and the dropped share."""
-  done = {}
-  entropies, dropped = [], []
-  for name, value in metrics.items():
-    kind, _, path = name.partition('/')
-    if kind == 'load':
-      total = value.sum()
-      share = value / jnp.maximum(total, 1.0)
-      done[name] = share
-      done[f'load_entropy/{path}'] = -jnp.sum(share * jnp.log(jnp.maximum(share, 1e-20)))
-      done[f'dropped/{path}'] = jnp.maximum(1.0 - total / metrics[f'tokens/{path}'], 0.0)
-      entropies.append(done[f'load_entropy/{path}'])
-      dropped.append(done[f'dropped/{path}'])
-    elif kind != 'tokens':
-      done[name] = value
-  if entropies:
-    done['load_entropy'] = jnp.stack(entropies).mean()
-    done['dropped'] = jnp.stack(dropped).mean()
-  return done
+  """Turns the sums of each layer into means, and adds the means over layers."""
+  return metrics_lib.finish_layers(metrics)
 
 
 def loss_fn(
@@ -187,19 +177,22 @@ def train_step(
   metrics = _finish_routing(metrics)
   metrics['grad_norm'] = optax.tree.norm(grads)
   metrics['param_norm'] = optax.tree.norm(params)
-  real = batch['encoder_tokens'] != experiment.model.pad_id
-  metrics['tokens'] = jnp.sum(real) + jnp.sum(batch['weights'])
+  metrics['tokens'] = count_tokens(batch, experiment.model)
   new = state_lib.TrainState(step=state.step + 1, params=params, opt_state=opt_state)
   return new, metrics
 
 
 def eval_step(
-    experiment: config_lib.Experiment, params: Any, batch: Batch, mesh: Mesh | None = None
+    experiment: config_lib.Experiment, params: Any, batch: Batch, mesh: Mesh | None = None, *,
+    first_sentinel: int,
 ) -> Metrics:
-  """Sums over a batch, without dropout: divide by `weight` and `content_weight` at the end."""
+  """Sums over a batch, without dropout: divide by `weight` and `content_weight` at the end.
+
+  first_sentinel: the least id that stands for a masked span; a decoder has none.
+  """
   output = forward(experiment, params, batch, mesh=mesh)
   losses, hits = cross_entropy(output.logits_btv, batch['targets'])
-  content = content_weights(batch, experiment.model, experiment.data.num_sentinels)
+  content = content_weights(batch, experiment.model, first_sentinel)
   return {
       'loss': jnp.sum(losses * batch['weights']),
       'accuracy': jnp.sum(hits * batch['weights']),
@@ -247,11 +240,14 @@ def jit_train_step(
 
 
 def jit_eval_step(
-    experiment: config_lib.Experiment, mesh: Mesh, places: state_lib.TrainState
+    experiment: config_lib.Experiment, mesh: Mesh, places: state_lib.TrainState, *,
+    first_sentinel: int,
 ) -> Callable[[Any, Batch], Metrics]:
   """`eval_step` compiled for a mesh."""
   return jax.jit(
-      lambda params, batch: eval_step(experiment, params, batch, mesh),
+      lambda params, batch: eval_step(
+          experiment, params, batch, mesh, first_sentinel=first_sentinel
+      ),
       in_shardings=(places.params, sharding.batch_sharding(mesh)),
       out_shardings=NamedSharding(mesh, PartitionSpec()),
   )

@@ -10,7 +10,7 @@ import numpy as np
 
 from moejax import account
 from moejax import config as config_lib
-from moejax.data import span_corruption
+from moejax.data import batches as batches_lib
 
 
 def train_flops(config: config_lib.ModelConfig, samples: int, source: int, target: int) -> float:
@@ -76,10 +76,12 @@ class Meter:
 
 
 def make_meter(
-    experiment: config_lib.Experiment, lengths: span_corruption.Lengths, devices: int
+    experiment: config_lib.Experiment, batches: batches_lib.Batches, devices: int
 ) -> Meter:
-  """A meter that knows the step's FLOPs and the peak of all devices."""
+  """A meter that knows the FLOPs of a step on such batches and the peak of all devices."""
   train = experiment.train
   peak = train.peak_flops_per_second or measure_peak(train.compute_dtype)
-  flops = train_flops(experiment.model, train.batch_size, lengths.inputs, lengths.targets)
+  widths = {name: array.shape[1] for name, array in batches.spec.items()}
+  source, target = widths.get('encoder_tokens', 0), widths['targets']
+  flops = train_flops(experiment.model, train.batch_size, source, target)
   return Meter(flops, peak * devices)

@@ -7,9 +7,12 @@ from typing import Any, Self
 
 import jax
 from jax.sharding import Mesh, PartitionSpec
+import ml_dtypes
 import numpy as np
 
 from moejax.errors import UserError
+
+LEVEL_DTYPES = (ml_dtypes.bfloat16, np.float16, np.float32)
 
 
 def array_field() -> Any:

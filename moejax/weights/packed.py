@@ -54,7 +54,7 @@ class Packed(base.WeightNode):
         rounded to level_dtype.
       bits: 2, 3 or 4.
       group_size: inputs that share a scale; 0 for the whole row.
-      level_dtype: bfloat16 or float32.
+      level_dtype: bfloat16, float16 or float32.
 
     Raises:
       UserError: symbols do not fit the width, or shapes contradict each other.
@@ -104,7 +104,7 @@ class Packed(base.WeightNode):
     e, rows, _ = self.words.shape
     groups = _groups(self.cols, self.group_size)
     for name in ('scale', 'zero'):
-      base.require_array(self, name, (ml_dtypes.bfloat16, np.float32), (e, rows, groups))
+      base.require_array(self, name, base.LEVEL_DTYPES, (e, rows, groups))
     base.require(e >= 1 and (e == 1 or not self.single), f'Packed holds {e} experts')
 
   def expert_rows(self, i: jax.Array | int, dtype: Any) -> jax.Array:

@@ -61,7 +61,7 @@ class Ternary(base.WeightNode):
       symbols: integers [e, rows, cols] or [rows, cols]: 0 zero, 1 low, 2 high.
       levels: [e, rows, 2] or [rows, 2], low and high; rounded to level_dtype.
       block_rows: rows that share an offset; None for the default.
-      level_dtype: bfloat16 or float32.
+      level_dtype: bfloat16, float16 or float32.
 
     Raises:
       UserError: a symbol is not ternary, or shapes do not fit.
@@ -143,7 +143,7 @@ class Ternary(base.WeightNode):
     base.require_array(self, 'offsets', (np.uint32,), (e, blocks + 1))
     base.require_array(self, 'design', (np.uint8,), (None,))
     base.require_array(
-        self, 'levels', (ml_dtypes.bfloat16, np.float32), (e, self.rows, 2)
+        self, 'levels', base.LEVEL_DTYPES, (e, self.rows, 2)
     )
     base.require(e >= 1 and (e == 1 or not self.single), f'Ternary holds {e} experts')
     base.require(

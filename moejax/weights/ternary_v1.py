@@ -131,7 +131,7 @@ class TernaryV1(base.WeightNode):
     e = self.row_offsets.shape[0]
     base.require_array(self, 'words', (np.uint16,), (None,))
     base.require_array(self, 'row_offsets', (np.uint32,), (None, self.rows + 1))
-    base.require_array(self, 'levels', (ml_dtypes.bfloat16, np.float32), (e, self.rows, 2))
+    base.require_array(self, 'levels', base.LEVEL_DTYPES, (e, self.rows, 2))
     base.require(e >= 1 and (e == 1 or not self.single), f'TernaryV1 holds {e} experts')
     base.require(
         1 <= self.max_words <= self.words.shape[0] < 2**31,

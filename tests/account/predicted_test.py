@@ -53,3 +53,22 @@ def test_packed_is_exact(bits, group):
   )
   guess = account.packed_node((2, 330, 24), bits, group_size=group, level_dtype=jnp.float32)
   assert guess.shape == node.shape and guess.bits() == node.bits()
+
+
+@pytest.mark.parametrize('name, widths', [
+    ('switch-base-128', (768, 3072)), ('switch-large-128', (1024, 4096)),
+    ('switch-c-2048', (2080, 6144)),
+])
+def test_the_zero_share_of_published_models_follows_from_their_widths(name, widths):
+  found = np.mean([account.expected_zero_share(cols) for cols in widths])
+  assert found == pytest.approx(account.QMOE_PUBLISHED[name][0], abs=0.0065)
+
+
+def test_rounding_gaussian_outputs_leaves_the_expected_zeros():
+  for cols, threshold in ((64, 0.5), (512, 0.5), (512, 0.65)):
+    w = np.random.default_rng(0).normal(size=(2000, cols))
+    high, low = w.max(1, keepdims=True), w.min(1, keepdims=True)
+    zeros = ((w <= threshold * high) & (w >= threshold * low)).mean()
+    guess = account.expected_zero_share(cols, rounding=True, threshold=threshold)
+    assert guess == pytest.approx(zeros, abs=0.003)
+  assert account.expected_zero_share(64) < account.expected_zero_share(64, rounding=True)

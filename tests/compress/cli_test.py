@@ -69,7 +69,7 @@ def test_dry_run_writes_nothing(folder, model):
   result = json.loads(done.stdout)
   size = result['after']['stored_bytes']
   named = moejax.preset(model) if model else folder / 'model'
-  expected = compress.dry_run(named, moejax.quantize())
+  expected = compress.dry_run(named, moejax.quantize(), zero_share=0.885)
   assert result == {**expected, 'zero_share': 0.885}
   assert sum(result['after']['bytes_by_part'].values()) == size
   assert {row['form'] for row in result['layers']} == {'Ternary'}

@@ -1,5 +1,6 @@
 """The driver: kill and resume, bounded memory, the quality gate, storage, reports, bad input."""
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -13,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import weights
-from moejax.compress import base, driver, parts, quantize
+from moejax import tree, weights
+from moejax.compress import base, driver, matrix, parts, quantize
 from moejax.config import EncDecConfig, EncDecMoeConfig
 from moejax.errors import UserError
 from moejax.model import Model
@@ -71,7 +72,13 @@ def test_folder_round_trip_and_report(tmp_path):
         pick(loaded).dense(jnp.float32), pick(memory.model).dense(jnp.float32)
     )
   report = json.loads((tmp_path / 'small' / 'report.json').read_text())
-  assert report['loss'] == memory.report['loss']
+  assert report['loss'] == report['after']['loss'] == memory.report['loss']
+  assert report['before']['loss'] == memory.report['before']['loss'] != report['loss']
+  untouched = driver.compress(
+      model, quantize.quantize(4, method='rtn', max_error=0.0), batches(1), None,
+      validation_batches=batches(1, seed=5),
+  ).report
+  assert untouched['before']['loss'] == pytest.approx(untouched['after']['loss'], abs=1e-3)
   assert len(report['layers']) == 2 * 2 * 4
   for row in report['layers']:
     assert row['relative_output_error'] <= row['error_before_refit']
@@ -225,6 +232,10 @@ def test_chain_takes_a_pass_each():
     (lambda: quantize.quantize(2, storage='qmoe_v1'), 'ternary weights only'),
     (lambda: quantize.quantize(layers='('), 'no regular expression'),
     (lambda: quantize.quantize(threshold=1.5), 'threshold = 1.5'),
+    (lambda: quantize.quantize(damping=float('inf')), 'damping = inf'),
+    (lambda: quantize.quantize(max_error=-1.0), 'max_error = -1'),
+    (lambda: matrix.Search(target_bits=-1.0), 'target_bits = -1'),
+    (lambda: matrix.Search(scales=()), r'scales = \(\)'),
     (lambda: base.chain(), 'at least one'),
 ])
 def test_bad_settings(make, message):
@@ -248,3 +259,32 @@ def test_bad_calls(tmp_path):
     driver.compress(once.model, transform, batches(1))
   with pytest.raises(UserError, match='does not exist'):
     driver.compress(tmp_path / 'none', transform, batches(1))
+
+
+@pytest.mark.parametrize('bits', ['ternary', 2])
+def test_the_published_recipe_takes_half_precision(bits, tmp_path):
+  model = tiny()
+  half = dataclasses.replace(model, params=tree.cast_floats(model.params, jnp.float16))
+  driver.compress(half, quantize.qmoe(bits), batches(1), tmp_path / 'out')
+  loaded = Model.load(tmp_path / 'out')
+  node = loaded.params['encoder']['layers_1']['ffn']['experts']['wi']
+  assert {leaf.dtype for leaf in jax.tree.leaves(node)} >= {np.dtype(np.float16)}
+  tokens = jnp.asarray(batches(1)[0]['decoder_tokens'])
+  assert jnp.isfinite(loaded.apply(tokens, tokens).logits_btv).all()
+
+
+def test_a_budget_that_cannot_be_kept_is_reported():
+  search = matrix.Search(target_bits=0.3)
+  report = driver.compress(tiny(), quantize.quantize(search=search), batches(1)).report
+  assert report['over_budget'] == ['decoder/layers_1/ffn', 'encoder/layers_1/ffn']
+  assert report['after']['expert_bits_per_weight'] > 0.3
+  kept = driver.compress(
+      tiny(), quantize.quantize(search=matrix.Search(target_bits=9.0)), batches(1)
+  ).report
+  assert kept['over_budget'] == []
+
+
+def test_a_mistake_in_the_layers_leaves_no_work_folder(tmp_path):
+  with pytest.raises(UserError, match='check its setting'):
+    driver.compress(tiny(), quantize.quantize(layers='nosuch'), batches(1), tmp_path / 'out')
+  assert list(tmp_path.iterdir()) == []

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from moejax import weights
-from moejax.compress import foreign, quantize
+from moejax.compress import base, foreign, quantize
 from moejax.errors import UserError
 
 EXPERTS, D, F = 4, 16, 24
@@ -170,5 +170,12 @@ def test_bad_use():
     run(RULES, batches=[])
   with pytest.raises(UserError, match='input has shape'):
     run(RULES, lambda p, x, c: c('layers/0/w_in', x[:, :3]))
+  for transform, message in (
+      (base.chain(quantize.quantize(2)), 'takes one quantize'),
+      (quantize.quantize(layers='decoder/.*'), 'knows no layers'),
+      (quantize.quantize(true_sequential=True), 'true_sequential'),
+  ):
+    with pytest.raises(UserError, match=message):
+      foreign.compress_tree(params, RULES, plain_apply, inputs(1, 1), transform)
   with pytest.raises(UserError, match='once each'):
     foreign.ExpertRule(pattern='x', axes=('in', 'in', 'out'))

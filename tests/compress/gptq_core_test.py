@@ -169,3 +169,11 @@ def test_block_and_width_do_not_matter():
   wanted = gptq_core.gptq(w, h, 2, block_size=67).symbols
   for block in (1, 16, 24, 128):
     np.testing.assert_array_equal(gptq_core.gptq(w, h, 2, block_size=block).symbols, wanted)
+
+
+@pytest.mark.parametrize('w, h', [
+    ((2, 8, 4), (1, 8, 8)), ((2, 8, 4), (2, 7, 7)), ((2, 8, 4), (3, 8, 8)), ((8, 4), (8, 8)),
+])
+def test_shapes_that_do_not_fit_are_named(w, h):
+  with pytest.raises(UserError, match=r'\[e, d, f\] and \[e, d, d\]'):
+    gptq_core.gptq(jnp.ones(w), jnp.ones(h), 'ternary')

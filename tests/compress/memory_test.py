@@ -20,8 +20,7 @@ rng = np.random.default_rng(0)
 tokens = rng.integers(2, 150, (8, 32)).astype(np.int32)
 batch = {{'encoder_tokens': tokens, 'decoder_tokens': tokens, 'targets': tokens,
          'weights': np.ones((8, 32), np.float32)}}
-driver.compress({model!r}, quantize.quantize(2, method='rtn', refit=False, expert_group=4), [batch],
-                {out!r})
+driver.compress({model!r}, quantize.quantize(expert_group=4), [batch], {out!r})
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 '''
 

@@ -1,5 +1,6 @@
 """Broken or hostile Hugging Face folders: one clear line each, exit code 2, nothing left behind."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -263,3 +264,17 @@ def test_views_and_shared_storages_of_torch_files(tmp_path):
     array = infos[name].read()
     assert array.dtype.name == str(tensor.dtype).removeprefix('torch.')
     np.testing.assert_array_equal(array.astype(np.float32), tensor.float().numpy())
+
+
+def test_a_dtype_that_is_none_of_weights(hf_folder, tmp_path):
+  with pytest.raises(UserError, match="dtype = 'int8': one of float32, bfloat16, float16"):
+    convert.from_hf(hf_folder, dtype='int8')
+  with pytest.raises(UserError, match='dtype = '):
+    convert.to_hf(convert.from_hf(hf_folder), tmp_path / 'x', dtype=np.int32)
+
+
+def test_padding_that_experts_skip_survives_the_way_there_and_back(switch_model, tmp_path):
+  moe = dataclasses.replace(switch_model.config.moe, router_ignore_padding_tokens=True)
+  config = dataclasses.replace(switch_model.config, moe=moe)
+  convert.to_hf(dataclasses.replace(switch_model, config=config), tmp_path / 'hf')
+  assert convert.from_hf(tmp_path / 'hf').config == config

@@ -1,6 +1,13 @@
 """Batches by index: every token once an epoch, documents apart, resumable, sharded."""
 
 import dataclasses
+import json
+import os
+import pathlib
+import re
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -10,7 +17,30 @@ from moejax import config as config_lib
 from moejax import errors, sharding
 from moejax.data import batches, span_corruption
 
+ROOT = pathlib.Path(__file__).parents[2]
 VOCAB = 1000
+PROCESS = '''
+import json, sys
+import jax
+import numpy as np
+jax.distributed.initialize(f'localhost:{sys.argv[1]}', 2, int(sys.argv[2]))
+from moejax import config, sharding
+from moejax.data import batches, mixture, packing
+
+asked = []
+class Recorded(mixture.Mixture):
+  def row(self, index):
+    asked.append(index)
+    return super().row(index)
+
+corpus = batches.Corpus(tokens=np.arange(3, 500, dtype=np.int32), starts=np.array([0, 99, 497]))
+source = packing.LmBatches(corpus=corpus, batch_size=8, sequence_length=16)
+made = Recorded(sources=(source, source), weights=(2.0, 1.0))
+placed = sharding.batch_sharding(sharding.make_mesh(config.MeshConfig(data=2)))
+tokens = batches.to_global(made, 3, placed)['tokens']
+print(json.dumps([list(asked), np.asarray(tokens.addressable_shards[0].data).tolist(),
+                  made.batch(3)['tokens'].tolist()]))
+'''
 
 
 def make(sizes=(50, 7, 123, 300, 33, 34), **overrides):
@@ -39,6 +69,13 @@ def test_no_window_crosses_a_document():
       positions = made.window(epoch, i) - 3
       documents = np.searchsorted(made.corpus.starts, positions, side='right')
       assert len(set(documents.tolist())) == 1
+
+
+def test_the_spec_is_what_a_batch_has():
+  made = make()
+  found = {name: (array.shape, array.dtype) for name, array in made.batch(0).items()}
+  assert found == {name: (array.shape, array.dtype) for name, array in made.spec.items()}
+  assert made.num_tokens == 547 and made.num_documents == 6
 
 
 def test_samples_come_in_a_new_order_with_new_cuts_and_noise():
@@ -110,3 +147,24 @@ def test_prefetch_goes_from_start_to_stop_and_passes_errors_on(monkeypatch):
   monkeypatch.setattr(batches.SpanBatches, 'row', fail)
   with pytest.raises(errors.UserError, match='row is broken'):
     list(batches.prefetch(made, 0, 2, placed))
+
+
+def test_a_process_makes_only_the_rows_of_its_devices():
+  with socket.socket() as probe:
+    probe.bind(('localhost', 0))
+    port = str(probe.getsockname()[1])
+  flags = re.sub(r'--xla_force_host_platform_device_count=\d+', '', os.environ['XLA_FLAGS'])
+  processes = [
+      subprocess.Popen(
+          [sys.executable, '-c', PROCESS, port, str(i)], cwd=ROOT, text=True,
+          env={**os.environ, 'XLA_FLAGS': flags, 'PYTHONPATH': str(ROOT)},
+          stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+      )
+      for i in range(2)
+  ]
+  for i, process in enumerate(processes):
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0, stderr
+    asked, held, whole = json.loads(stdout)
+    assert asked == list(range(24 + 4 * i, 28 + 4 * i))
+    assert held == whole[4 * i : 4 * i + 4]

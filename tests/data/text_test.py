@@ -23,6 +23,39 @@ def test_one_file_is_one_document_in_sorted_order(folder):
   assert list(text.documents([f'{folder}/b.txt', f'{folder}/a.txt'])) == want[::-1]
 
 
+def test_a_folder_is_all_texts_below_it_in_sorted_order(folder):
+  below = folder / 'below' / 'deep'
+  below.mkdir(parents=True)
+  (folder / '.git').mkdir()
+  for name in (
+      'below/c.md', 'below/deep/d.TEXT', 'below/deep/plain', 'z', '.hidden', '.git/x.txt',
+      'data.json', 'archive.tar',
+  ):
+    (folder / name).write_text(f'{name} ')
+  read = list(text.documents([str(folder)]))
+  assert [line[:5] for line in read] == ['First', 'Secon', 'below', 'below', 'below', 'z ']
+  assert read[2:] == ['below/c.md ', 'below/deep/d.TEXT ', 'below/deep/plain ', 'z ']
+  assert list(text.documents([f'{below}/', f'{folder}/z'])) == read[3:]
+
+
+def test_a_folder_without_text_is_one_line(folder):
+  empty = folder / 'empty'
+  empty.mkdir()
+  with pytest.raises(errors.UserError, match=r'--data: no file below .*/empty ends in ') as error:
+    list(text.documents([str(empty)], '--data'))
+  assert '\n' not in str(error.value)
+  (empty / 'a.rst').write_text('text')
+  with pytest.raises(errors.UserError, match=r'nothing, but \.rst; .*empty/\*\*/\*\.rst$'):
+    list(text.documents([str(empty)]))
+  assert list(text.documents([f'{empty}/**/*.rst'])) == ['text']
+
+
+def test_a_binary_file_in_a_folder_is_named(folder):
+  (folder / 'program').write_bytes(b'\x7fELF\0\0')
+  with pytest.raises(errors.UserError, match=r'/program is a binary file'):
+    list(text.documents([str(folder)]))
+
+
 def test_archive_members_match_a_glob(folder):
   tar, archive = folder / 'x.tgz', folder / 'x.zip'
   with tarfile.open(tar, 'w:gz') as out:
@@ -111,8 +144,6 @@ def test_bad_bytes_far_into_a_file_name_it(folder, content, reason):
 def test_a_missing_file_suggests_the_nearest(folder):
   with pytest.raises(errors.UserError, match=r"valid_files: no file .*did you mean 'a\.txt'"):
     list(text.documents([f'{folder}/aa.txt'], 'data.valid_files'))
-  with pytest.raises(errors.UserError, match=r'is a folder; name its files'):
-    list(text.documents([str(folder)]))
   with pytest.raises(errors.UserError, match=r'data\.train_files is empty'):
     list(text.documents([]))
 
@@ -136,6 +167,24 @@ def test_the_layout_is_t5s(trained):
   assert trained.decode([379], skip_special=False) != '<extra_id_20>'
 
 
+def test_a_tokenizer_without_sentinels(tmp_path):
+  made = tokenizer.train(['the people of the united states'], 300, 0)
+  assert (made.vocab_size, made.num_sentinels, made.eos_id) == (300, 0, tokenizer.EOS_ID)
+  made.save(tmp_path)
+  again = tokenizer.load(tmp_path)
+  assert (again.vocab_size, again.num_sentinels) == (300, 0)
+  assert again.decode(again.encode('the people')) == 'the people'
+
+
+def test_the_end_of_text_of_other_tokenizers():
+  import tokenizers
+
+  backend = tokenizers.Tokenizer(tokenizers.models.BPE())
+  assert tokenizer.Tokenizer(backend).eos_id is None
+  backend.add_special_tokens(['<|endoftext|>'])
+  assert tokenizer.Tokenizer(backend).eos_id == 0
+
+
 @pytest.mark.parametrize('line', ['the people', ' \t\n two  spaces ', 'é 漢字 🙂 \x07', ''])
 def test_any_text_comes_back(trained, line):
   ids = trained.encode(line)
@@ -150,7 +199,7 @@ def test_saving_and_loading(trained, tmp_path):
   path.write_text('{"version"')
   with pytest.raises(errors.UserError, match=r'tokenizer\.json is not a tokenizer'):
     tokenizer.load(path)
-  with pytest.raises(errors.UserError, match='leave data.tokenizer empty'):
+  with pytest.raises(errors.UserError, match='no tokenizer at .* put the one that came with the model there'):
     tokenizer.load(tmp_path / 'none')
 
 
@@ -166,8 +215,16 @@ def test_a_text_shorter_than_a_sample_names_the_setting(trained):
   message = f'--calibration: a text of {total} tokens; one sample has {total + 1}: give a longer'
   with pytest.raises(errors.UserError, match=message):
     batches.tokenize(texts, trained, '--calibration', sample_tokens=total + 1)
+  message = f'a text of {total} tokens; one sample has {total + 1}: .* shorten the samples .sequence_length'
+  with pytest.raises(errors.UserError, match=message):
+    batches.tokenize(
+        texts, trained, 'x', sample_tokens=total + 1, length_field='sequence_length'
+    )
   # Several short documents are fine, though none of them fills a sample.
   assert batches.tokenize(texts, trained, 'x', sample_tokens=total).num_documents == 5
+  for shortest, kept in ((1, 2), (2, 1)):
+    made = batches.tokenize(['', 'x', 'xy'], trained, 'x', shortest=shortest)
+    assert made.num_documents == kept
 
 
 def test_names_with_pattern_characters_are_names(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 
 from moejax import config as config_lib
 from moejax.data import batches as batches_lib
+from moejax.data import packing
 from moejax.errors import UserError
 from moejax.evaluate import bigram as bigram_lib
 from moejax.evaluate import samples
@@ -71,12 +72,26 @@ def test_content_loss_by_hand():
       'decoder_tokens': np.array([[0, 7, B, A]]), 'weights': np.ones((1, 4), np.float32),
   }
   model = bigram_lib.Bigram.train(CORPUS, 8, words=6)
-  words = samples.previous_tokens(batch, config, num_sentinels=2)
+  words = samples.previous_tokens(batch, config, first_sentinel=6)
   assert words.tokens.tolist() == [B, A]
   assert words.previous.tolist() == [A, B]
   expected = -np.mean(np.log(model.probability(np.array([A, B]), np.array([B, A]))))
-  assert model.content_loss([batch], config, 2) == pytest.approx(float(expected))
+  assert model.content_loss([batch], config, 6) == pytest.approx(float(expected))
   assert math.isfinite(float(expected))
+
+
+def test_content_loss_of_a_decoder_by_hand():
+  config = config_lib.DecoderConfig(
+      family='llama', vocab_size=6, d_model=4, d_head=2, d_ff=4, num_heads=2, num_kv_heads=1,
+      num_layers=1, eos_ids=(1,),
+  )
+  rows = packing.LmBatches(corpus=CORPUS, batch_size=2, sequence_length=3, fixed=True)
+  # The rows are a b a | b EOS a | c EOS and so on: the pair b a is whole though a row ends in it.
+  model = trained()
+  pairs = [(A, B), (B, A), (A, B), (A, C)]
+  expected = -np.mean([np.log(model.probability(np.array([v]), np.array([w]))) for v, w in pairs])
+  batches = [rows.batch(i) for i in range(rows.num_batches)]
+  assert model.content_loss(batches, config, 0) == pytest.approx(float(expected))
 
 
 def test_one_token_documents_are_refused():

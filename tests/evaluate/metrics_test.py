@@ -36,7 +36,7 @@ def test_loss_sums_by_hand():
   logits = np.zeros((1, 5, 40), np.float32)
   logits[0, 1, 5] = math.log(40.0)  # p = 40 / (39 + 40)
   batch = hand_batch()
-  content = metrics.content_mask(CONFIG, batch, SENTINELS)
+  content = metrics.content_mask(CONFIG, batch, CONFIG.vocab_size - SENTINELS)
   np.testing.assert_array_equal(content, [[0, 1, 1, 0, 0]])
   sums = {k: float(v) for k, v in metrics.loss_sums(jnp.asarray(logits), batch, content).items()}
   even, sharp = math.log(40), math.log(79 / 40)
@@ -105,7 +105,7 @@ def tiny_batches():
 def test_a_model_agrees_with_itself_and_losing_its_experts_changes_it():
   model, batches = tiny_model(), tiny_batches()
   result = evaluate.evaluate(
-      model, batches, num_sentinels=SENTINELS, against=model, examples=2
+      model, batches, first_sentinel=CONFIG.vocab_size - SENTINELS, against=model, examples=2
   )
   assert result['agreement']['top1'] == 1.0
   assert result['agreement']['kl'] == pytest.approx(0.0, abs=1e-6)
@@ -128,7 +128,7 @@ def test_a_model_agrees_with_itself_and_losing_its_experts_changes_it():
   assert example['encoder'] == batches[0]['encoder_tokens'][1].tolist()
 
   cut = dataclasses.replace(model, params=evaluate.without_experts(model.params))
-  zeroed = evaluate.evaluate(cut, batches, num_sentinels=SENTINELS)
+  zeroed = evaluate.evaluate(cut, batches, first_sentinel=CONFIG.vocab_size - SENTINELS)
   assert abs(zeroed['content_loss'] - result['content_loss']) > 1e-3
   experts = cut.params['encoder']['layers_0']['ffn']['experts']
   assert not np.any(np.asarray(experts['wo'])) and np.any(np.asarray(experts['wi']))

@@ -7,6 +7,7 @@ from moejax import config as config_lib
 from moejax import files
 from moejax.data import batches as batches_lib
 from moejax.data import span_corruption
+from moejax.data import tokenizer as tokenizer_lib
 from moejax.errors import UserError
 from moejax.evaluate import samples
 
@@ -30,7 +31,7 @@ def test_predecessors_are_those_of_the_text():
   seen = 0
   for index in range(batches.num_samples // batches.batch_size):
     batch = batches.batch(index)
-    found = samples.previous_tokens(batch, CONFIG, SENTINELS)
+    found = samples.previous_tokens(batch, CONFIG, 64 - SENTINELS)
     pairs = list(zip(found.previous.tolist(), found.tokens.tolist()))
     expected = []
     for row in range(batches.batch_size):
@@ -60,7 +61,7 @@ def test_a_span_at_the_very_start_has_no_predecessor():
       'encoder_tokens': np.array([[63, 1]]), 'targets': np.array([[63, 5, 1]]),
       'weights': np.ones((1, 3), np.float32),
   }
-  found = samples.previous_tokens(batch, CONFIG, SENTINELS)
+  found = samples.previous_tokens(batch, CONFIG, 64 - SENTINELS)
   assert found.previous.tolist() == [-1] and found.tokens.tolist() == [5]
 
 
@@ -90,8 +91,43 @@ def test_layout_comes_from_the_manifest_or_from_what_a_model_was_made_of(tmp_pat
   assert samples.data_config(tmp_path / 'loop', tmp_path / 'trained').encoder_length == 77
 
 
+DECODER = config_lib.DecoderConfig(
+    family='llama', vocab_size=320, d_model=8, d_head=4, d_ff=8, num_heads=2, num_kv_heads=1,
+    num_layers=1, eos_ids=(1,),
+)
+
+
+def test_predecessors_of_a_decoders_targets():
+  # Two documents: 10 11 12 EOS, 20 21 EOS.
+  batch = {
+      'tokens': np.array([[10, 11, 12, 1], [20, 21, 1, 0]]),
+      'targets': np.array([[11, 12, 1, 0], [21, 1, 0, 0]]),
+      'weights': np.array([[1, 1, 1, 0], [1, 1, 0, 0]], np.float32),
+  }
+  found = samples.previous_tokens(batch, DECODER, 0)
+  assert found.previous.tolist() == [10, 11, 20]
+  assert found.tokens.tolist() == [11, 12, 21]
+
+
+def test_a_decoder_is_measured_on_packed_rows_in_order():
+  texts = ['we the people of the united states ' * 9, 'in order to form a more perfect union ' * 9]
+  made = tokenizer_lib.train(texts, 320, 0)
+  data = config_lib.DataConfig(sequence_length=16, seed=3)
+  fixed = samples.fixed_batches(DECODER, data, texts, made, batch_size=2)
+  rows = list(samples.spread(fixed, 0))
+  assert len(rows) == fixed.num_batches > 2
+  text = np.concatenate([row['tokens'].ravel() for row in rows])
+  assert made.decode(text) == ''.join(texts)
+  other = samples.fixed_batches(
+      DECODER, config_lib.DataConfig(sequence_length=16), texts, made, batch_size=2
+  )
+  np.testing.assert_array_equal(other.batch(1)['tokens'], rows[1]['tokens'])
+  with pytest.raises(UserError, match='the calibration: a text of .* one sample has 512'):
+    samples.fixed_batches(DECODER, config_lib.DataConfig(), texts, made, name='the calibration')
+
+
 class _Tokenizer:
-  vocab_size, num_sentinels = 64, SENTINELS
+  vocab_size, first_sentinel = 64, 64 - SENTINELS
 
   def decode(self, ids, skip_special=True):
     return ' '.join(f'w{i}' for i in ids)
@@ -111,5 +147,5 @@ def test_a_foreign_tokenizer_is_refused():
   class Other(_Tokenizer):
     vocab_size = 32
 
-  with pytest.raises(UserError, match='32 ids, the model 64'):
+  with pytest.raises(UserError, match='32 ids, model.vocab_size is 64'):
     samples.fixed_batches(CONFIG, config_lib.DataConfig(), ['text'], Other())

@@ -7,6 +7,8 @@ import pytest
 
 from moejax.routing import dispatch, losses, router, switch
 
+route = jax.jit(switch.route, static_argnames='capacity')
+
 
 def logits_for(choices, experts, high=2.0):
   """Logits whose arg-max is the given expert of each token: `high` there, 0 elsewhere."""
@@ -14,7 +16,7 @@ def logits_for(choices, experts, high=2.0):
 
 
 def test_gate_is_the_probability_of_the_winner():
-  routing = switch.route(logits_for([[2, 0]], 3, high=np.log(2.0)))
+  routing = route(logits_for([[2, 0]], 3, high=np.log(2.0)))
   # softmax of (ln 2, 0, 0) = (2, 1, 1) / 4: the winner has 1/2.
   np.testing.assert_allclose(routing.gate_mk, [[0.5], [0.5]], rtol=1e-6)
   np.testing.assert_array_equal(routing.choice_mk, [[2], [0]])
@@ -24,7 +26,7 @@ def test_gate_is_the_probability_of_the_winner():
 def test_capacity_drops_later_tokens_of_each_sequence():
   # Expert 1 is wanted by places 0, 1, 3 of sequence 0 and by all of sequence 1. Capacity 2 keeps
   # the first two of each sequence.
-  routing = switch.route(logits_for([[1, 1, 0, 1], [1, 1, 1, 1]], 3), capacity=2)
+  routing = route(logits_for([[1, 1, 0, 1], [1, 1, 1, 1]], 3), capacity=2)
   keep = np.asarray(routing.keep_mk).reshape(2, 4)
   np.testing.assert_array_equal(keep, [[1, 1, 1, 0], [1, 1, 0, 0]])
   np.testing.assert_array_equal(routing.load_e, [1, 4, 0])
@@ -33,7 +35,7 @@ def test_capacity_drops_later_tokens_of_each_sequence():
 
 def test_padding_takes_no_capacity_and_goes_nowhere():
   valid = jnp.array([[False, True, True, True]])
-  routing = switch.route(logits_for([[1, 1, 1, 1]], 2), capacity=2, valid_bt=valid)
+  routing = route(logits_for([[1, 1, 1, 1]], 2), capacity=2, valid_bt=valid)
   np.testing.assert_array_equal(np.asarray(routing.keep_mk)[:, 0], [False, True, True, False])
 
 
@@ -41,10 +43,10 @@ def test_load_balance_loss_by_hand():
   # 4 tokens, 2 experts, all to expert 0 with probability 3/4:
   # f = (1, 0), P = (3/4, 1/4), loss = 2 * 3/4.
   logits = logits_for([[0, 0, 0, 0]], 2, high=np.log(3.0))
-  assert switch.route(logits).load_balance_loss == pytest.approx(1.5, rel=1e-6)
+  assert route(logits).load_balance_loss == pytest.approx(1.5, rel=1e-6)
   # Evenly split: f = P = (1/2, 1/2), loss = 2 * (1/4 + 1/4) = 1, its smallest value.
   logits = logits_for([[0, 1, 0, 1]], 2, high=np.log(3.0))
-  assert switch.route(logits).load_balance_loss == pytest.approx(1.0, rel=1e-6)
+  assert route(logits).load_balance_loss == pytest.approx(1.0, rel=1e-6)
 
 
 def test_load_balance_loss_is_over_the_batch():
@@ -78,7 +80,7 @@ def test_jitter_stays_in_its_band_and_needs_its_key():
 
 def test_router_gradient_flows_through_gate_and_balance_loss_only():
   logits = jax.random.normal(jax.random.key(0), (1, 6, 4))
-  grad = jax.grad(lambda z: switch.route(z).gate_mk.sum())(logits)
+  grad = jax.grad(lambda z: route(z).gate_mk.sum())(logits)
   probs = jax.nn.softmax(logits)
   winner = jax.nn.one_hot(jnp.argmax(logits, -1), 4)
   top = (probs * winner).sum(-1, keepdims=True)
