@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from moejax import model, tree, weights
-from moejax.config import ModelConfig
+from moejax.config import DecoderConfig, ModelConfig
 
 
 class Source(Protocol):
@@ -43,7 +43,9 @@ def part_of(path: str) -> str:
     return 'router'
   if path == 'shared/embedding' or names[0] == 'lm_head':
     return 'embedding'
-  if names[-1] in ('norm', 'final_norm', 'relative_bias'):
+  if path == 'shared/positions':
+    return 'embedding'
+  if names[-1].endswith(('norm', 'bias')) or names[-1] == 'omega':
     return 'norms_and_biases'
   return 'dense_ffn' if 'ffn' in names else 'attention'
 
@@ -56,26 +58,38 @@ def bytes_by_part(params: Mapping[str, Any]) -> dict[str, int]:
   return {part: -(-n // 8) for part, n in bits.items()}
 
 
+def experts_a_token(config: ModelConfig, experts: int) -> int:
+  """How many of a layer's experts compute a token."""
+  moe = config.moe
+  if moe is None or moe.router in ('straight_through', 'reinmax', 'densemixer'):
+    return experts
+  return min(moe.top_k, experts)
+
+
+def _met(path: str, shape: tuple[int, ...], config: ModelConfig) -> int:
+  """The parameters of a weight that a token meets."""
+  size = math.prod(shape)
+  if part_of(path) != 'experts':
+    return size
+  return size // shape[0] * experts_a_token(config, shape[0])
+
+
 def active_parameters(params: Mapping[str, Any], config: ModelConfig) -> int:
-  """Parameters a token meets: all but the experts it is not sent to (one expert is chosen)."""
-  total = 0
-  for path, leaf in tree.flatten(params).items():
-    size = math.prod(leaf.shape)
-    total += size // leaf.shape[0] if part_of(path) == 'experts' else size
-  return total
+  """Parameters a token meets: all but the experts it is not sent to."""
+  return sum(
+      _met(path, tuple(leaf.shape), config) for path, leaf in tree.flatten(params).items()
+  )
 
 
 def path_flops(
     path: str, shape: tuple[int, ...], config: ModelConfig, source: int, target: int
 ) -> float:
   """Matmul FLOPs of one weight in a forward pass over one sample; see `forward_flops`."""
-  size = math.prod(shape)
+  size = _met(path, shape, config)
   if path == 'shared/embedding':
     return 2.0 * size * target if config.tie_embeddings else 0.0
-  if part_of(path) == 'norms_and_biases' or len(shape) < 2:
+  if path == 'shared/positions' or part_of(path) == 'norms_and_biases' or len(shape) < 2:
     return 0.0
-  if part_of(path) == 'experts':
-    size //= shape[0]
   of_source = path.startswith('encoder/') or path.endswith(
       ('cross_attention/k', 'cross_attention/v')
   )
@@ -85,27 +99,42 @@ def path_flops(
 def forward_flops(config: ModelConfig, source: int, target: int, params: Any = None) -> float:
   """Floating-point operations of one forward pass on a sample of `source` + `target` tokens.
 
-  Two for each weight and token of a matmul, attention scores and mixtures included; a token uses
-  one expert of a sparse layer. Look-ups, norms and softmaxes are not counted. Compressed weights
+  Two for each weight and token of a matmul, attention scores and mixtures included, those that a
+  causal mask hides as well; a token uses its choices of a sparse layer. Look-ups, norms and softmaxes are not counted. Compressed weights
   count as the matmul they stand for.
 
   Args:
     config: the model.
-    source, target: encoder and decoder tokens.
+    source, target: encoder and decoder tokens; a decoder reads the latter alone.
     params: the params if their shapes are not the config's own (low rank, fewer experts).
   """
   flat = shapes(config) if params is None else tree.flatten(params)
   total = sum(
       path_flops(path, tuple(leaf.shape), config, source, target) for path, leaf in flat.items()
   )
+  return total + 4.0 * _attention_pairs(config, source, target)
+
+
+def _attention_pairs(config: ModelConfig, source: int, target: int) -> int:
+  """Pairs of a query and a key, times the width of all heads, over all layers."""
+  if isinstance(config, DecoderConfig):
+    seen = sum(
+        min(target, config.window_of(i) or target) for i in range(config.num_layers)
+    )
+    return config.num_heads * config.d_head * target * seen
   pairs = config.num_layers * source**2 + config.num_decoder_layers * (target**2 + target * source)
-  return total + 4.0 * config.num_heads * config.d_kv * pairs
+  return config.num_heads * config.d_kv * pairs
 
 
 def flops_per_token(
     config: ModelConfig, source: int = 512, target: int = 114, params: Any = None
 ) -> float:
-  """`forward_flops` over all tokens of a sample; the default lengths are T5's span corruption."""
+  """`forward_flops` over all tokens of a sample; the default lengths are T5's span corruption.
+
+  A decoder's samples have as many tokens as both together.
+  """
+  if isinstance(config, DecoderConfig):
+    source, target = 0, source + target
   return forward_flops(config, source, target, params) / (source + target)
 
 
@@ -152,9 +181,10 @@ def layers(
         'stored_bits': 0, 'expert_bits': 0, 'expert_parameters': 0, 'flops': 0.0,
     })
     size, bits = math.prod(leaf.shape), stored_bits(leaf)
+    met = _met(path, tuple(leaf.shape), config)
     expert = part_of(path) == 'experts'
     row['parameters'] += size
-    row['active_parameters'] += size // leaf.shape[0] if expert else size
+    row['active_parameters'] += met
     row['stored_bits'] += bits
     row['flops'] += path_flops(path, tuple(leaf.shape), config, source, target)
     if expert:
