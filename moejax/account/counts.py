@@ -100,7 +100,8 @@ def forward_flops(config: ModelConfig, source: int, target: int, params: Any = N
   """Floating-point operations of one forward pass on a sample of `source` + `target` tokens.
 
   Two for each weight and token of a matmul, attention scores and mixtures included, those that a
-  causal mask hides as well; a token uses its choices of a sparse layer. Look-ups, norms and softmaxes are not counted. Compressed weights
+  causal mask hides as well; a token uses its choices of a sparse layer. Look-ups, norms and
+  softmaxes are not counted. Compressed weights
   count as the matmul they stand for.
 
   Args:

@@ -99,13 +99,13 @@ def target_layers(step: Transform, source: account.Source) -> list[str]:
   if config.moe is None:
     raise UserError(f'the model has no experts ({config.family}): {step.name} has nothing to do')
   layers = [
-      path for stack in ('encoder', 'decoder') for i in config.sparse_layers(stack)
+      path for stack in config.stacks for i in config.sparse_layers(stack)
       if step.takes(path := f'{stack}/layers_{i}/ffn')
   ]
   if not layers:
     raise UserError(
         f"{step.name} takes no sparse layer of this model; their paths are like "
-        "'encoder/layers_1/ffn': check its setting `layers`"
+        f"'{config.stacks[0]}/layers_1/ffn': check its setting `layers`"
     )
   for path in layers:
     for leaf in expert_leaves(source, path):

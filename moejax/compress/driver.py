@@ -24,7 +24,7 @@ import numpy as np
 from moejax import account, files, store, tree, weights
 from moejax import config as config_lib
 from moejax import progress as progress_lib
-from moejax.compress import activations, base, parts, sources
+from moejax.compress import activations, base, parts, sources, walk
 from moejax.compress import samples as samples_lib
 from moejax.errors import UserError
 from moejax.model import Model
@@ -39,15 +39,14 @@ class Result:
   """What `compress` made.
 
   model: the compressed model, or None where it went to `folder`. folder: that folder, or None.
-  report: JSON values, see `compress`. encoder_md, decoder_md: final hidden states of all samples,
+  report: JSON values, see `compress`. states: final hidden states of all samples by stack,
   float32 [tokens, d], validation last.
   """
 
   model: Model | None
   folder: Path | None
   report: dict[str, Any]
-  encoder_md: np.ndarray
-  decoder_md: np.ndarray
+  states: Mapping[str, np.ndarray]
 
 
 class _Context:
@@ -138,7 +137,7 @@ def compress(
   })
   report['after'] = account.of_source(sources.open_source(_made(result)))
   report['loss'] = report['after']['loss'] = result.report['loss']
-  report['tokens'] = {s: data.calibration_tokens(s) for s in ('encoder', 'decoder')}
+  report['tokens'] = {s: data.calibration_tokens(s) for s in source.config.stacks}
   if out is not None and work_root is not None:
     files.write_json(out / 'report.json', report)
     shutil.rmtree(work_root)
@@ -152,13 +151,13 @@ def _loss_before(source, data, work, progress) -> float | None:
   file = None if work is None else work / 'loss_before.json'
   if file is not None and file.is_file():
     return files.read_json(file)['loss']
-  own = dataclasses.replace(data, samples=data.samples[-data.validation :])
-  step = base.Transform()
-  walk = _Walk(_dropless(source.config), source, step, {}, own, None, set(), progress)
-  walk.run()
+  walked = _Walk(
+      _dropless(source.config), source, base.Transform(), {}, data.tail(), None, set(), progress
+  )
+  walked.run()
   if file is not None:
-    files.write_json(file, {'loss': walk.loss})
-  return walk.loss
+    files.write_json(file, {'loss': walked.loss})
+  return walked.loss
 
 
 def _dropless(config):
@@ -236,15 +235,15 @@ def _run_pass(source, step, data, work, target, origin, plans, progress) -> Resu
   targets = base.target_layers(step, source)
   plan = step.plan(config, source)
   plans.append(dict(plan))
-  walk = _Walk(_dropless(config), source, step, plan, data, work, set(targets), progress)
-  walk.run()
-  leaves = _leaves(source, walk, set(targets))
-  report = {'rows': walk.rows, 'loss': walk.loss}
-  states = {'encoder_md': walk.encoder.buffer, 'decoder_md': walk.decoder.buffer}
+  walked = _Walk(_dropless(config), source, step, plan, data, work, set(targets), progress)
+  walked.run()
+  leaves = _leaves(source, walked, set(targets))
+  report = {'rows': walked.rows, 'loss': walked.loss}
+  states = {stack: acts.buffer for stack, acts in walked.stacks.items()}
   if target is None:
     flat = {path: jax.tree.map(jnp.asarray, leaf) for path, leaf in leaves}
     made = Model(config, tree.unflatten(flat))
-    return Result(model=made, folder=None, report=report, **states)
+    return Result(model=made, folder=None, report=report, states=states)
   provenance: dict[str, Any] = {'source': origin, 'compression': [step.describe()]}
   folder = source.folder if isinstance(source, sources.FolderSource) else None
   if folder is not None:
@@ -254,7 +253,7 @@ def _run_pass(source, step, data, work, target, origin, plans, progress) -> Resu
       target, config, leaves, provenance=provenance, plan=plans, tokenizer_from=folder,
       expected_paths=_expected_names(source, targets),
   )
-  return Result(model=None, folder=target, report=report, **states)
+  return Result(model=None, folder=target, report=report, states=states)
 
 
 def _expected_names(source, targets) -> list[str]:
@@ -266,13 +265,13 @@ def _expected_names(source, targets) -> list[str]:
   return names
 
 
-def _leaves(source, walk, targets):
+def _leaves(source, walked, targets):
   """(path, leaf) of the compressed model; one weight's experts are joined at a time."""
   for path in source.paths():
     layer, found, name = path.partition('/experts/')
     if found and layer in targets:
       yield path, parts.join(
-          part for group in walk.groups(layer) for part in group.parts.get(name, ())
+          part for group in walked.groups(layer) for part in group.parts.get(name, ())
       )
     else:
       yield path, source.read(path)
@@ -287,7 +286,8 @@ class _Walk:
     self.rows: list[dict[str, Any]] = []
     self.loss: float | None = None
     self._memory: dict[str, list[parts.Group]] = {}
-    layers = config.num_layers + config.num_decoder_layers
+    self.stacks: dict[str, activations.Activations] = {}
+    layers = sum(map(config.layers_of, config.stacks))
     self._bar = progress_lib.bar(total=layers, label=step.name, unit='layer', show=progress)
 
   def groups(self, path: str):
@@ -300,28 +300,22 @@ class _Walk:
         yield parts.load_group(folder)
 
   def run(self) -> None:
-    embedding = self.source.read('shared/embedding')
+    paths = walk.outer_paths(self.config, self.source.paths())
+    outer = tree.unflatten({path: self.source.read(path) for path in paths})
     batches = samples_lib.batches(self.data)
-    self.encoder = self._stack('encoder', embedding, batches, None)
-    self.decoder = self._stack('decoder', embedding, batches, self.encoder)
+    before = None
+    for stack in self.config.stacks:
+      before = self.stacks[stack] = self._stack(stack, outer, batches, before)
     self._bar.close()
-    self.loss = self._validation_loss(embedding)
+    self.loss = self._validation_loss(outer)
 
-  def _stack(self, stack, embedding, batches, source_acts):
-    config, source = self.config, self.source
-    stack_params = {k: source.read(f'{stack}/{k}') for k in ('relative_bias', 'final_norm')}
-    acts = activations.Activations(
-        config, stack, self.data, batches, stack_params, embedding, source_acts
-    )
-    count = config.num_layers if stack == 'encoder' else config.num_decoder_layers
+  def _stack(self, stack, outer, batches, before):
+    acts = activations.Activations(self.config, stack, self.data, batches, outer, before)
     special = self.data.special(stack)
-    for i in range(count):
-      sparse = i in config.sparse_layers(stack)
+    for i in range(self.config.layers_of(stack)):
       layer = f'{stack}/layers_{i}'
-      experts = f'{layer}/ffn/experts'
-      params = sources.subtree(source, layer, skip=experts)
-      acts.run_layer(params, sparse=sparse)
-      if sparse:
+      acts.run_layer(i, sources.subtree(self.source, layer, skip=f'{layer}/ffn/experts'))
+      if i in self.config.sparse_layers(stack):
         self._experts(acts, stack, f'{layer}/ffn', special)
       self._bar.update()
     acts.finish()
@@ -359,15 +353,13 @@ class _Walk:
       }
       acts.run_expert(expert, own)
 
-  def _validation_loss(self, embedding) -> float | None:
+  def _validation_loss(self, outer) -> float | None:
     if not self.data.validation:
       return None
-    tail = self.data.samples[len(self.data.samples) - self.data.validation :]
-    tokens = sum(len(s.decoder) for s in tail)
-    tied = self.config.tie_embeddings
-    head = np.asarray(embedding).T if tied else self.source.read('lm_head/kernel')
-    losses = activations.token_losses(
-        self.config, self.decoder.buffer[-tokens:], jnp.asarray(head, jnp.float32),
+    tail = self.data.tail().samples
+    tokens = sum(len(s.targets) for s in tail)
+    losses = walk.token_losses(
+        self.config, outer, self.stacks[self.config.stacks[-1]].buffer[-tokens:],
         np.concatenate([s.targets for s in tail]),
     )
     weight = np.concatenate([s.weights for s in tail])

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moejax.config import ModelConfig
+from moejax.config import DecoderConfig, EncDecConfig, ModelConfig
 from moejax.data import layout
 from moejax.errors import UserError
 
@@ -17,14 +17,22 @@ _BATCH_TOKENS = 4096
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
-  """One encoder-decoder pair without padding; `special_*` marks tokens left out of statistics."""
+  """One text without padding, int and bool [t] by stack ('encoder', 'decoder').
 
-  encoder: np.ndarray
-  decoder: np.ndarray
+  tokens: what each stack reads. special: tokens left out of statistics. targets, weights: of the
+  last stack's positions.
+  """
+
+  tokens: Mapping[str, np.ndarray]
+  special: Mapping[str, np.ndarray]
   targets: np.ndarray
   weights: np.ndarray
-  special_encoder: np.ndarray
-  special_decoder: np.ndarray
+
+  def arrays(self) -> Iterator[np.ndarray]:
+    """Every array, in an order of its own."""
+    for stack in sorted(self.tokens):
+      yield from (self.tokens[stack], self.special[stack])
+    yield from (self.targets, self.weights)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,8 +43,8 @@ class Samples:
   validation: int
 
   def lengths(self, stack: str) -> np.ndarray:
-    """Tokens of each sample in 'encoder' or 'decoder'."""
-    return np.array([len(getattr(s, stack)) for s in self.samples], np.int64)
+    """Tokens of each sample in a stack."""
+    return np.array([len(s.tokens[stack]) for s in self.samples], np.int64)
 
   def calibration_tokens(self, stack: str) -> int:
     """Tokens before the validation tail."""
@@ -44,14 +52,18 @@ class Samples:
 
   def special(self, stack: str) -> np.ndarray:
     """The special marks of all tokens of a stack, in order."""
-    return np.concatenate([getattr(s, f'special_{stack}') for s in self.samples])
+    return np.concatenate([s.special[stack] for s in self.samples])
+
+  def tail(self) -> 'Samples':
+    """The validation samples alone."""
+    start = len(self.samples) - self.validation
+    return dataclasses.replace(self, samples=self.samples[start:])
 
   def fingerprint(self) -> str:
     """SHA-256 over every token and weight."""
     digest = hashlib.sha256(str(self.validation).encode())
     for sample in self.samples:
-      for field in dataclasses.fields(sample):
-        array = np.ascontiguousarray(getattr(sample, field.name))
+      for array in map(np.ascontiguousarray, sample.arrays()):
         digest.update(str((array.shape, array.dtype)).encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
@@ -63,34 +75,67 @@ def collect(
 ) -> Samples:
   """Takes padded batches apart.
 
-  A batch has int tokens `encoder_tokens` [b, s], `decoder_tokens` and `targets` [b, t], and
-  `weights` [b, t], 0 on padding; `decoder_mask` [b, t] says otherwise which positions are real.
-  Special are sentinels in the encoder, and in the decoder positions whose target is a sentinel or
-  has no weight (QMoE 3.2.4).
+  An encoder-decoder's batch has int tokens `encoder_tokens` [b, s], `decoder_tokens` and `targets`
+  [b, t], and `weights` [b, t], 0 on padding; `decoder_mask` [b, t] says otherwise which positions
+  are real. Special are sentinels in the encoder, and in the decoder positions whose target is a
+  sentinel or has no weight (QMoE 3.2.4).
+
+  A decoder's batch has `tokens` [b, t], and may have `targets`, `weights` and `segments` [b, t] as
+  `data.packing` makes them; each packed document is a sample. Nothing there is special.
 
   Raises:
-    UserError: no calibration sample, a missing field, or a token outside the vocabulary.
+    UserError: no calibration sample, a missing or misshapen field, or a token outside the
+      vocabulary.
   """
-  sentinel = layout.first_sentinel(config) if sentinel is None else sentinel
-  calibration = [s for batch in batches for s in _split(config, batch, sentinel)]
-  validation = [s for batch in validation_batches for s in _split(config, batch, sentinel)]
+  if isinstance(config, DecoderConfig):
+    split = lambda batch: _documents(config, batch)
+  else:
+    first = layout.first_sentinel(config) if sentinel is None else sentinel
+    split = lambda batch: _pairs(config, batch, first)
+  calibration = [s for batch in batches for s in split(batch)]
+  validation = [s for batch in validation_batches for s in split(batch)]
   if not calibration:
     raise UserError('calibration has no sample: give at least one batch with a real token')
   return Samples(samples=(*calibration, *validation), validation=len(validation))
 
 
-def _split(config: ModelConfig, batch: Mapping[str, Any], sentinel: int) -> Iterator[Sample]:
-  names = ('encoder_tokens', 'decoder_tokens', 'targets', 'weights')
+def _fields(
+    config: ModelConfig, batch: Mapping[str, Any], names: Sequence[str], tokens: Sequence[str]
+) -> list[np.ndarray]:
+  """The named arrays of a batch, checked: there, two axes, one batch size, ids in range."""
   missing = [name for name in names if name not in batch]
   if missing:
     raise UserError(f'calibration batch lacks {missing[0]!r}; it needs {", ".join(names)}')
-  encoder, decoder, targets, weights = (np.asarray(batch[name]) for name in names)
-  for name, tokens in (('encoder_tokens', encoder), ('decoder_tokens', decoder)):
-    if tokens.size and (tokens.min() < 0 or tokens.max() >= config.vocab_size):
+  found = [np.asarray(batch[name]) for name in names]
+  for name, array in zip(names, found):
+    if array.ndim != 2 or len(array) != len(found[0]):
       raise UserError(
-          f'calibration {name} span {tokens.min()}..{tokens.max()}, the model knows '
+          f'calibration {name} has shape {array.shape}: [batch, length] with the batch size of '
+          f'{names[0]}, {len(found[0])}, is needed'
+      )
+    if name in tokens and not np.issubdtype(array.dtype, np.integer):
+      raise UserError(f'calibration {name} is {array.dtype}: token ids are integers')
+    if name in tokens and array.size and (array.min() < 0 or array.max() >= config.vocab_size):
+      raise UserError(
+          f'calibration {name} span {array.min()}..{array.max()}, the model knows '
           f'0..{config.vocab_size - 1}: use the tokenizer of the model'
       )
+  return found
+
+
+def _require_alike(names: Sequence[str], arrays: Sequence[np.ndarray]) -> None:
+  for name, array in zip(names, arrays):
+    if array.shape != arrays[0].shape:
+      raise UserError(
+          f'calibration {name} has shape {array.shape}, {names[0]} {arrays[0].shape}: make them '
+          'alike'
+      )
+
+
+def _pairs(config: EncDecConfig, batch: Mapping[str, Any], sentinel: int) -> Iterator[Sample]:
+  names = ('encoder_tokens', 'decoder_tokens', 'targets', 'weights')
+  encoder, decoder, targets, weights = _fields(config, batch, names, names[:3])
+  _require_alike(names[1:], (decoder, targets, weights))
   real = np.asarray(batch['decoder_mask']) if 'decoder_mask' in batch else weights > 0
   for i in range(len(encoder)):
     enc = encoder[i][encoder[i] != config.pad_id].astype(np.int32)
@@ -99,18 +144,39 @@ def _split(config: ModelConfig, batch: Mapping[str, Any], sentinel: int) -> Iter
       continue
     target, weight = targets[i][keep].astype(np.int32), weights[i][keep].astype(np.float32)
     yield Sample(
-        encoder=enc, decoder=decoder[i][keep].astype(np.int32), targets=target, weights=weight,
-        special_encoder=enc >= sentinel, special_decoder=(target >= sentinel) | (weight == 0),
+        tokens={'encoder': enc, 'decoder': decoder[i][keep].astype(np.int32)},
+        special={'encoder': enc >= sentinel, 'decoder': (target >= sentinel) | (weight == 0)},
+        targets=target, weights=weight,
     )
+
+
+def _documents(config: DecoderConfig, batch: Mapping[str, Any]) -> Iterator[Sample]:
+  names = ['tokens', *(n for n in ('targets', 'weights', 'segments') if n in batch)]
+  arrays = dict(zip(names, _fields(config, batch, names, ('tokens', 'targets'))))
+  _require_alike(names, list(arrays.values()))
+  tokens = arrays['tokens']
+  segments = arrays.get('segments', np.ones(tokens.shape, np.int32))
+  targets = arrays.get('targets', np.roll(tokens, -1, 1))
+  weights = arrays.get('weights')
+  if weights is None:
+    weights = (np.arange(tokens.shape[1]) < tokens.shape[1] - 1) * np.ones(tokens.shape, np.float32)
+  for row in range(len(tokens)):
+    for segment in np.unique(segments[row][segments[row] > 0]):
+      own = segments[row] == segment
+      yield Sample(
+          tokens={'decoder': tokens[row][own].astype(np.int32)},
+          special={'decoder': np.zeros(own.sum(), bool)},
+          targets=targets[row][own].astype(np.int32),
+          weights=weights[row][own].astype(np.float32),
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Batch:
-  """Rows of flat token buffers as one padded batch: index [b, t], -1 for padding."""
+  """Rows of flat token buffers as one padded batch: index [b, t] by stack, -1 for padding."""
 
   samples: np.ndarray
-  encoder: np.ndarray
-  decoder: np.ndarray
+  index: Mapping[str, np.ndarray]
 
 
 def _padded(length: int) -> int:
@@ -121,11 +187,12 @@ def _padded(length: int) -> int:
 
 def batches(samples: Samples, batch_tokens: int = _BATCH_TOKENS) -> list[Batch]:
   """Samples of like padded lengths together, in a few static shapes."""
-  lengths = {stack: samples.lengths(stack) for stack in ('encoder', 'decoder')}
+  stacks = tuple(samples.samples[0].tokens)
+  lengths = {stack: samples.lengths(stack) for stack in stacks}
   starts = {stack: np.cumsum(n) - n for stack, n in lengths.items()}
-  by_shape: dict[tuple[int, int], list[int]] = {}
+  by_shape: dict[tuple[int, ...], list[int]] = {}
   for i in range(len(samples.samples)):
-    shape = (_padded(int(lengths['encoder'][i])), _padded(int(lengths['decoder'][i])))
+    shape = tuple(_padded(int(lengths[stack][i])) for stack in stacks)
     by_shape.setdefault(shape, []).append(i)
   out = []
   for shape, members in sorted(by_shape.items()):
@@ -134,9 +201,9 @@ def batches(samples: Samples, batch_tokens: int = _BATCH_TOKENS) -> list[Batch]:
       ids = members[at : at + size]
       index = {
           stack: _index(starts[stack], lengths[stack], ids, size, width)
-          for stack, width in zip(('encoder', 'decoder'), shape)
+          for stack, width in zip(stacks, shape)
       }
-      out.append(Batch(samples=np.array(ids), **index))
+      out.append(Batch(samples=np.array(ids), index=index))
   return out
 
 

@@ -9,6 +9,8 @@ from moejax.routing.types import Routing
 
 Metrics = dict[str, jax.Array]
 
+# What `sums` counts.
+SUMS = ('load', 'tokens', 'candidates', 'gates_of_one', 'routed', 'no_router_gradient')
 # What `finish` makes of the sums of one router, one number each.
 NAMES = ('load_entropy', 'dropped', 'candidates', 'gates_of_one', 'no_router_gradient')
 
@@ -87,12 +89,10 @@ def finish_layers(metrics: Mapping[str, jax.Array]) -> Metrics:
   used: set[str] = set()
   done: Metrics = {}
   for path in paths:
-    total = {name: metrics[f'{name}/{path}'] for name in _SUMS}
+    total = {name: metrics[f'{name}/{path}'] for name in SUMS}
     used |= {f'{name}/{path}' for name in total}
     done |= {f'{name}/{path}': value for name, value in finish(total).items()}
   for name in NAMES if paths else ():
     done[name] = jnp.stack([done[f'{name}/{path}'] for path in paths]).mean()
   return {**{name: value for name, value in metrics.items() if name not in used}, **done}
 
-
-_SUMS = ('load', 'tokens', 'candidates', 'gates_of_one', 'routed', 'no_router_gradient')

@@ -101,7 +101,7 @@ def test_walk_equals_the_model():
   tokens = jnp.asarray(batch['encoder_tokens'])
   out = result.model.apply(tokens, jnp.asarray(batch['decoder_tokens']), encoder_mask=tokens != 0)
   want = np.asarray(out.encoder_bsd)[np.asarray(tokens) != 0]
-  np.testing.assert_allclose(result.encoder_md, want, atol=2e-5)
+  np.testing.assert_allclose(result.states['encoder'], want, atol=2e-5)
 
 
 _KILLED = '''

@@ -37,7 +37,7 @@ def test_reference_run(case):
     np.testing.assert_allclose(ours, np.swapaxes(data[f'Q_{case}_{i}'], 1, 2), rtol=0, atol=1e-6)
   if case == 'qmoe_1p5':
     for stack in ('encoder', 'decoder'):
-      states = getattr(result, f'{stack}_md')
+      states = result.states[stack]
       np.testing.assert_allclose(states, data[f'final_hidden_{stack}'], rtol=0, atol=1e-4)
     check_tokens(result.report, data)
 

@@ -1,0 +1,141 @@
+"""One layer at a time, for either architecture: what a walk through a model does with its params.
+
+Each function takes the params of one layer and those outside of layers (`outer`), so a model larger
+than memory is walked with one layer's weights.
+"""
+
+from collections.abc import Mapping
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.config import DecoderConfig, EncDecConfig, ModelConfig
+from moejax.nn import decoder
+from moejax.nn.switch import Layer, Stack
+from moejax.ops import attention, norm
+from moejax.ops.linear import linear
+
+Params = Mapping[str, Any]
+
+
+def outer_paths(config: ModelConfig, paths: tuple[str, ...]) -> tuple[str, ...]:
+  """The paths of weights that belong to no layer."""
+  del config
+  return tuple(path for path in paths if '/layers_' not in path)
+
+
+def embed(
+    config: ModelConfig, outer: Params, tokens: np.ndarray, positions: np.ndarray
+) -> np.ndarray:
+  """Input of the first layer for flat tokens, float32 [m, d]."""
+  shared = outer['shared']
+  x = np.asarray(shared['embedding'][tokens], np.float32)
+  if isinstance(config, DecoderConfig) and config.rope is None:
+    x = x + np.asarray(shared['positions'][positions + config.position_offset], np.float32)
+  return x
+
+
+def layer(
+    config: ModelConfig, stack: str, index: int, params: Params, stack_params: Params,
+    x: jax.Array, mask: jax.Array, source: jax.Array | None, source_mask: jax.Array | None,
+) -> tuple[jax.Array, Any, jax.Array | None]:
+  """A dense layer whole; a sparse one up to its experts.
+
+  Args:
+    params: of the layer, without its experts. stack_params: `outer[stack]`.
+    x: [b, t, d], right-padded. mask: True for real tokens. source, source_mask: the encoder's.
+
+  Returns:
+    (x, (choice, gate, keep) or None, what the layer adds beside its experts or None).
+  """
+  sparse = index in config.sparse_layers(stack)
+  if isinstance(config, DecoderConfig):
+    # Layers alike compile once.
+    window = config.window_of(index)
+    alike = next(
+        i for i in range(config.num_layers)
+        if config.window_of(i) == window and (i in config.sparse_layers()) == sparse
+    )
+    return _decoder_layer(config, alike, params, x, mask)
+  kind = 'sparse' if sparse else 'dense'
+  return _encdec_layer(
+      config, stack, kind, params, stack_params, x, mask, source, source_mask
+  )
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'stack', 'kind'))
+def _encdec_layer(config, stack, kind, params, stack_params, x, mask, source, source_mask):
+  bias = Stack(config, stack).apply({'params': stack_params}, x.shape[1], mask, method='bias')
+  source_bias = attention.mask_bias(source_mask, x.shape[1], causal=False)
+  shell = Layer(config, stack, kind == 'sparse')
+  own = {'params': params}
+  x = shell.apply(own, x, bias, source, source_bias, method='attend')
+  if kind == 'dense':
+    return shell.apply(own, x, mask, method='feed_forward')[0], None, None
+  _, routing = shell.apply(own, x, mask, method='route')
+  return x, (routing.choice_mk, routing.gate_mk, routing.keep_mk), None
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'index'))
+def _decoder_layer(config, index, params, x, mask):
+  length = x.shape[1]
+  positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], mask.shape)
+  context = decoder.make_context(config, positions, positions, length=length, valid_bt=mask)
+  shell, own = decoder.layer_module(config, index), {'params': params}
+  x, _ = shell.apply(own, x, context, method='attend')
+  if not shell.sparse:
+    return shell.apply(own, x, context, method='feed_forward')[0], None, None
+  normed, routing = shell.apply(own, x, context, method='route')
+  beside = None
+  if config.moe.shared_d_ff:
+    beside = shell.apply(own, normed, method=lambda module, y: module.ffn.beside(y))
+  return x, (routing.choice_mk, routing.gate_mk, routing.keep_mk), beside
+
+
+def expert_norm(config: ModelConfig, params: Params, x_md: jax.Array) -> jax.Array:
+  """The norm before the experts of a layer."""
+  return _norm(x_md, params['ffn']['norm'], params['ffn'].get('norm_bias'), config.norm_eps)
+
+
+def final_norm(config: ModelConfig, stack_params: Params, x_md: jax.Array) -> jax.Array:
+  """A stack's last norm."""
+  bias = stack_params.get('final_norm_bias')
+  return _norm(x_md, stack_params['final_norm'], bias, config.norm_eps)
+
+
+@functools.partial(jax.jit, static_argnames=('eps',))
+def _norm(x, scale, bias, eps):
+  return norm.norm(x, scale, bias, eps)
+
+
+def token_losses(
+    config: ModelConfig, outer: Params, hidden_md: np.ndarray, targets_m: np.ndarray
+) -> np.ndarray:
+  """Cross-entropy of each position in nats, float32 [m], from finished states of the last stack."""
+  tied = config.tie_embeddings
+  scale = config.d_model**-0.5 if tied and isinstance(config, EncDecConfig) else 1.0
+  head = np.asarray(outer['shared']['embedding']).T if tied else outer['lm_head']['kernel']
+  bias = outer.get('lm_head', {}).get('bias')
+  head_dv = jnp.asarray(head, jnp.float32)
+  out, rows = np.empty(len(hidden_md), np.float32), 512
+  for start in range(0, len(hidden_md), rows):
+    x, targets = hidden_md[start : start + rows], targets_m[start : start + rows]
+    pad = rows - len(x)
+    losses = _token_losses(
+        jnp.asarray(np.pad(x, ((0, pad), (0, 0)))), head_dv, bias,
+        jnp.asarray(np.pad(targets, (0, pad))), scale,
+    )
+    out[start : start + len(x)] = np.asarray(losses)[: len(x)]
+  return out
+
+
+@functools.partial(jax.jit, static_argnames=('scale',))
+def _token_losses(x_md, head_dv, bias_v, targets_m, scale):
+  logits = linear(x_md * scale, head_dv, preferred=jnp.float32)
+  if bias_v is not None:
+    logits = logits + bias_v.astype(jnp.float32)[None]
+  picked = jnp.take_along_axis(logits, targets_m[:, None], axis=-1)[:, 0]
+  return jax.nn.logsumexp(logits, axis=-1) - picked
