@@ -12,7 +12,7 @@ from moejax import tree
 from moejax.config import MeshConfig
 from moejax.errors import UserError
 
-AXES = ('data', 'expert', 'tensor')
+AXES = ('pipeline', 'data', 'expert', 'tensor')
 BATCH_AXES = ('data', 'expert')
 
 # First match wins; each entry names the mesh axis of each array axis.
@@ -33,17 +33,19 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-  """A mesh with axes data, expert, tensor over the given (or all) devices."""
+  """A mesh with axes pipeline, data, expert, tensor over the given (or all) devices."""
   devices = list(jax.devices() if devices is None else devices)
-  fixed = config.expert * config.tensor
+  fixed = config.pipeline * config.expert * config.tensor
   data = config.data if config.data > 0 else len(devices) // fixed
   need = data * fixed
   if data < 1 or need > len(devices):
     raise UserError(
-        f'mesh data={config.data} expert={config.expert} tensor={config.tensor} needs '
+        f'mesh pipeline={config.pipeline} data={config.data} expert={config.expert} '
+        f'tensor={config.tensor} needs '
         f'{max(need, fixed)} devices, found {len(devices)}: lower one of them'
     )
-  grid = np.asarray(devices[:need]).reshape(data, config.expert, config.tensor)
+  shape = (config.pipeline, data, config.expert, config.tensor)
+  grid = np.asarray(devices[:need]).reshape(shape)
   return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
@@ -110,18 +112,38 @@ def batch_ways(mesh: Mesh | None) -> int:
   return 1 if mesh is None else math.prod(mesh.shape[a] for a in BATCH_AXES)
 
 
+def _here(mesh: Mesh) -> Any:
+  """The mesh as the code around sees it: inside a manual region its abstract form."""
+  around = jax.sharding.get_abstract_mesh()
+  return mesh if around.empty else around
+
+
+def constrain(x: jax.Array, mesh: Mesh | None, *axes: Any) -> jax.Array:
+  """Asks for x to be split over mesh axes, one entry an array axis."""
+  if mesh is None:
+    return x
+  return jax.lax.with_sharding_constraint(x, NamedSharding(_here(mesh), PartitionSpec(*axes)))
+
+
 def constrain_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
   """Keeps the leading axis split over the batch axes."""
   if mesh is None or x.shape[0] % batch_ways(mesh):
     return x
-  return jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+  return constrain(x, mesh, BATCH_AXES)
+
+
+def manual(fn: Any, mesh: Mesh, *, in_specs: Any, out_specs: Any, axes: Sequence[str] = ()) -> Any:
+  """`jax.shard_map` over some mesh axes (default: all but pipeline), also inside another one."""
+  names = set(axes or AXES[1:])
+  return jax.shard_map(
+      fn, mesh=_here(mesh), in_specs=in_specs, out_specs=out_specs, axis_names=names,
+      check_vma=False,
+  )
 
 
 def gather_whole(x: jax.Array, mesh: Mesh | None) -> jax.Array:
   """Asks for every device to hold all of x, as a table that is looked up needs."""
-  if mesh is None:
-    return x
-  return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
+  return constrain(x, mesh)
 
 
 def describe(params: Mapping[str, Any], mesh: Mesh) -> list[str]:

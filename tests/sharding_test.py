@@ -40,5 +40,5 @@ def test_too_few_devices_says_how_many():
 
 def test_data_axis_takes_what_is_left():
   mesh = sharding.make_mesh(config_lib.MeshConfig(expert=2))
-  assert dict(mesh.shape) == {'data': 4, 'expert': 2, 'tensor': 1}
+  assert dict(mesh.shape) == {'pipeline': 1, 'data': 4, 'expert': 2, 'tensor': 1}
   assert sharding.batch_ways(mesh) == 8 and sharding.batch_ways(None) == 1

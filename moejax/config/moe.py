@@ -41,6 +41,9 @@ class MoeConfig(Checked):
   router_jitter_noise: in training the router's input is multiplied by noise in 1 +- this;
     input_jitter_noise: the experts' input with it.
   expert_dropout_rate: of the experts' hidden units in training.
+  exchange_factor: how tokens travel to experts on other devices: None gathers them all; a number
+    is an all-to-all with buffers of that many times the even share, 0 for buffers that hold any
+    routing.
   expert_capacity: tokens an expert takes from one sequence, or capacity_factor times its even
     share; None for both drops no token.
   balance: what the load-balancing loss takes its counts over: 'global', all tokens of a step;
@@ -52,7 +55,7 @@ class MoeConfig(Checked):
   section: ClassVar[str] = 'moe.'
   least: ClassVar[Mapping[str, float]] = {
       'num_experts': 1, 'top_k': 1, 'expert_capacity': 1, 'router_z_loss_coef': 0,
-      'router_aux_loss_coef': 0, 'jitter_eps': 0, 'balance_groups': 0,
+      'router_aux_loss_coef': 0, 'jitter_eps': 0, 'balance_groups': 0, 'exchange_factor': 0,
   }
   num_experts: int
   top_k: int = 1
@@ -68,6 +71,7 @@ class MoeConfig(Checked):
   expert_dropout_rate: float = 0.0
   expert_capacity: int | None = None
   capacity_factor: float | None = None
+  exchange_factor: float | None = None
   router_z_loss_coef: float = 0.001
   router_aux_loss_coef: float = 0.001
   balance: str = 'global'

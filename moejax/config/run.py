@@ -98,13 +98,18 @@ class OptimConfig(Checked):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig(Checked):
-  """Devices along each mesh axis; a `data` of -1 takes all that are left."""
+  """Devices along each mesh axis; a `data` of -1 takes all that are left.
+
+  Batches, parameters and optimizer are split over data, experts over expert (the batch too),
+  heads and hidden units over tensor, layers over pipeline.
+  """
 
   section: ClassVar[str] = 'mesh.'
-  least: ClassVar[Mapping[str, float]] = {'data': -1, 'expert': 1, 'tensor': 1}
+  least: ClassVar[Mapping[str, float]] = {'data': -1, 'expert': 1, 'tensor': 1, 'pipeline': 1}
   data: int = -1
   expert: int = 1
   tensor: int = 1
+  pipeline: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

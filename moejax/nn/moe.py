@@ -42,22 +42,24 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-  """Declares the stacked experts and applies them to routed tokens."""
+  """Declares the stacked experts and applies them to routed tokens; says what was computed."""
 
   config: ModelConfig
   mesh: Mesh | None = None
   train: bool = False
 
   @nn.compact
-  def __call__(self, x_btd: jax.Array, routing: Routing) -> jax.Array:
+  def __call__(self, x_btd: jax.Array, routing: Routing) -> tuple[jax.Array, Routing]:
     c = self.config
     m: Any = c.moe
     params = ffn_params(self, c, (m.num_experts,), getattr(m, 'd_ff', None))
     rate = max(c.dropout_rate, m.expert_dropout_rate) if self.train else 0.0
-    return moe.moe_ffn(
+    y, keep_mk = moe.moe_ffn(
         params, x_btd, routing, c.activation, mesh=self.mesh, dropout_rate=rate,
         dropout_key=self.make_rng('dropout') if rate > 0 else None,
+        exchange_factor=m.exchange_factor,
     )
+    return y, routing if keep_mk is routing.keep_mk else routing.kept(keep_mk)
 
 
 class SharedExpert(nn.Module):
@@ -113,7 +115,7 @@ class MoeFfn(nn.Module):
       self, x_btd: jax.Array, valid_bt: jax.Array | None = None, tokens_bt: jax.Array | None = None
   ) -> tuple[jax.Array, Routing]:
     normed, routing = self.route(x_btd, valid_bt, tokens_bt)
-    y = self.experts(normed, routing)
+    y, routing = self.experts(normed, routing)
     if self.config.moe.router == 'sparsemixer_v1':
       y = y * self.omega.astype(y.dtype)[None, None]
     return x_btd + self.dropout(y + self.beside(normed)), routing

@@ -9,9 +9,12 @@ from jax.sharding import Mesh, PartitionSpec
 
 from moejax import sharding, tree
 from moejax.errors import UserError
-from moejax.ops import dropout, ffn
+from moejax.ops import dropout, exchange, ffn
 from moejax.routing import dispatch
 from moejax.routing.types import Routing
+
+# Drops hidden units of rows: (hidden, number of each row's pair) -> hidden.
+Drop = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def num_experts(experts: Mapping[str, Any]) -> int:
@@ -27,23 +30,28 @@ def moe_ffn(
     mesh: Mesh | None = None,
     dropout_rate: float = 0.0,
     dropout_key: jax.Array | None = None,
-) -> jax.Array:
-  """Sum over choices of gate * expert(x), [b, t, d]; a dropped token gives 0.
+    exchange_factor: float | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Sum over choices of gate * expert(x), [b, t, d], and which choices were computed, bool [m, k].
+
+  A choice that is not computed, dropped by the router or on the way, gives 0.
 
   With a key and a rate above 0 the experts' hidden units are dropped before wo. What is kept is a
   function of the key, of the token's place in the batch, of the choice and of the unit: the same
   on every mesh.
 
   With a mesh of several devices the batch is split over data and expert, the experts over expert
-  and their hidden units over tensor; each expert group gathers its tokens and returns the sums,
-  so nothing is dropped. Codes cannot be cut by hidden unit: in a layer with a weight node the
-  devices along tensor hold the same experts and do the same work.
+  and their hidden units over tensor. Between the devices of the axis expert tokens travel in one
+  of two ways, see `exchange`: exchange_factor None gathers all tokens where all experts are and
+  returns the sums; a number sends each token to its experts by all-to-all, in buffers of that
+  many times the even share, 0 for buffers that no routing can overflow. Codes cannot be cut by
+  hidden unit: in a layer with a weight node the devices along tensor hold the same experts and do
+  the same work.
 
   Raises:
     UserError: the batch or the experts do not divide over the devices.
   """
   batch, length, d = x_btd.shape
-  k = routing.choice_mk.shape[-1]
   seed: Any = None
   if dropout_key is not None and dropout_rate > 0:
     seed = jax.random.bits(dropout_key, (2,), jnp.uint32)
@@ -53,12 +61,21 @@ def moe_ffn(
         experts, x_btd.reshape(-1, d), routing.choice_mk, routing.keep_mk, activation,
         None if seed is None else drop,
     )
+    keep_mk = routing.keep_mk
   else:
-    y_mkd = _sharded(experts, x_btd, routing, activation, mesh, dropout_rate, seed)
-  gate = routing.gate_mk.astype(y_mkd.dtype)[..., None]
-  return (y_mkd * gate).sum(1).reshape(batch, length, d) if k > 1 else (
-      (y_mkd * gate).reshape(batch, length, d)
-  )
+    y_mkd, keep_mk = _sharded(
+        experts, x_btd, routing, activation, mesh, dropout_rate, seed, exchange_factor
+    )
+  return combine(y_mkd, routing).reshape(batch, length, d), keep_mk
+
+
+def combine(y_mkd: jax.Array, routing: Routing) -> jax.Array:
+  """Sum over choices of gate * output, [m, d], with the routing's scales on the forward pass."""
+  weighted_mkd = y_mkd * routing.gate_mk.astype(y_mkd.dtype)[..., None]
+  if routing.scale_mk is not None:
+    scaled = weighted_mkd * routing.scale_mk.astype(y_mkd.dtype)[..., None]
+    weighted_mkd = weighted_mkd + jax.lax.stop_gradient(scaled - weighted_mkd)
+  return weighted_mkd[:, 0] if weighted_mkd.shape[1] == 1 else weighted_mkd.sum(1)
 
 
 def _apply(
@@ -67,7 +84,7 @@ def _apply(
     choice_mk: jax.Array,
     keep_mk: jax.Array,
     activation: str,
-    drop: Callable[[jax.Array, jax.Array], jax.Array] | None,
+    drop: Drop | None,
 ) -> jax.Array:
   """Each pair's output [m, k, d] from the experts at hand; drop(hidden, pair) or None."""
 
@@ -78,6 +95,16 @@ def _apply(
   return dispatch.apply_experts(x_md, choice_mk, keep_mk, num_experts(experts), fn)
 
 
+def _check(batch: int, experts: Mapping[str, Any], mesh: Mesh) -> None:
+  ways, shards = sharding.batch_ways(mesh), mesh.shape['expert']
+  if batch % ways:
+    raise UserError(f'batch {batch} does not divide over data x expert = {ways} devices')
+  if num_experts(experts) % shards:
+    raise UserError(
+        f'{num_experts(experts)} experts do not divide over mesh axis expert = {shards}'
+    )
+
+
 def _sharded(
     experts: Mapping[str, Any],
     x_btd: jax.Array,
@@ -86,45 +113,38 @@ def _sharded(
     mesh: Mesh,
     rate: float,
     seed: Any,
-) -> jax.Array:
-  batch, length, d = x_btd.shape
+    factor: float | None,
+) -> tuple[jax.Array, jax.Array]:
+  batch, _, d = x_btd.shape
   k = routing.choice_mk.shape[-1]
-  ways, shards = sharding.batch_ways(mesh), mesh.shape['expert']
-  if batch % ways:
-    raise UserError(f'batch {batch} does not divide over data x expert = {ways} devices')
-  if num_experts(experts) % shards:
-    raise UserError(
-        f'{num_experts(experts)} experts do not divide over mesh axis expert = {shards}'
-    )
+  _check(batch, experts, mesh)
   nodes = not all(tree.is_array(w) for w in experts.values())
+  travel = exchange.by_gathering if factor is None else exchange.by_all_to_all(factor)
 
   def local(experts, x, choice, keep, seed):
-    gather = lambda a: jax.lax.all_gather(a, 'expert', axis=0, tiled=True)
-    x, choice, keep = gather(x), gather(choice), gather(keep)
-    own = num_experts(experts)
-    choice = choice - own * jax.lax.axis_index('expert')
-    here = keep & (choice >= 0) & (choice < own)
+    # Pairs have the numbers that one device would give them: data, then expert, then place.
+    ways = mesh.shape['expert']
+    first = choice.size * (
+        jax.lax.axis_index('data') * ways + jax.lax.axis_index('expert')
+    )
 
     def drop(h, pair):
-      # The gathered tokens are the data axis's own share of the batch, in order.
-      pair = pair + choice.size * jax.lax.axis_index('data')
       column = 0 if nodes else h.shape[1] * jax.lax.axis_index('tensor')
       return dropout.drop_rows(h, seed, pair, rate, column)
 
-    y = _apply(
-        experts, x, jnp.where(here, choice, 0), here, activation, None if seed is None else drop
-    )
-    if not nodes:
-      y = jax.lax.psum(y, 'tensor')
-    return jax.lax.psum_scatter(y, 'expert', scatter_dimension=0, tiled=True)
+    def compute(x, sizes, pair):
+      hidden_fn = None if seed is None else lambda h: drop(h, pair)
+      y = ffn.expert_ffn(experts, x, sizes, activation, hidden_fn)
+      return y if nodes or mesh.shape['tensor'] == 1 else jax.lax.psum(y, 'tensor')
+
+    return travel(compute, x, choice, keep, first, num_experts(experts), ways)
 
   specs = {
       name: _weight_specs(name, w, mesh, None if nodes else 'tensor') for name, w in experts.items()
   }
   rows = PartitionSpec(sharding.BATCH_AXES)
-  return jax.shard_map(
-      local, mesh=mesh, in_specs=(specs, rows, rows, rows, PartitionSpec()), out_specs=rows,
-      check_vma=False,
+  return sharding.manual(
+      local, mesh, in_specs=(specs, rows, rows, rows, PartitionSpec()), out_specs=(rows, rows)
   )(
       dict(experts),
       x_btd.reshape(-1, d),

@@ -3,6 +3,7 @@
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 
 
 @jax.tree_util.register_dataclass
@@ -36,3 +37,10 @@ class Routing:
   scale_mk: jax.Array | None = None
   candidates_mk: jax.Array | None = None
   log_prob_m: jax.Array | None = None
+
+  def kept(self, keep_mk: jax.Array) -> 'Routing':
+    """The routing with choices dropped on the way to their experts: in keep_mk and load_e."""
+    k = keep_mk.shape[1]
+    counted = keep_mk if self.candidates_mk is None else keep_mk & (self.candidates_mk > 0)
+    load_e = jnp.zeros_like(self.load_e).at[self.choice_mk[:, :k]].add(counted.astype(jnp.int32))
+    return dataclasses.replace(self, keep_mk=keep_mk, load_e=load_e)

@@ -87,7 +87,7 @@ def routing(k=1):
   )
 
 
-def mask(route, shape=None, node=False, rate=0.5):
+def mask(route, shape=None, node=False, rate=0.5, factor=None):
   """The factors on hidden units: experts of 1s pass on what dropout makes of hidden units of 1."""
   mesh = None if shape is None else sharding.make_mesh(
       config_lib.MeshConfig(data=shape[0], expert=shape[1], tensor=shape[2])
@@ -100,8 +100,9 @@ def mask(route, shape=None, node=False, rate=0.5):
     levels = np.broadcast_to(np.float32([-1, 1]), (E, D, 2))
     experts['wo'] = weights.Ternary.from_symbols(symbols, levels)
   run = jax.jit(lambda x: moe.moe_ffn(
-      experts, x, route, 'relu', mesh=mesh, dropout_rate=rate, dropout_key=jax.random.key(2)
-  ))
+      experts, x, route, 'relu', mesh=mesh, dropout_rate=rate, dropout_key=jax.random.key(2),
+      exchange_factor=factor,
+  )[0])
   x = jnp.ones((16, 4, D))
   compiled = run.lower(x).compile(compiler_options={'xla_backend_optimization_level': '0'})
   return np.asarray(compiled(x)).reshape(64, D)
@@ -121,6 +122,7 @@ def test_one_mask_on_every_mesh(shape):
   assert 4 < (~keep).sum() < 48 and not want[~keep].any()
   assert set(np.unique(want)) == {0.0, 2.0} and 0.4 < (want[keep] > 0).mean() < 0.6
   np.testing.assert_array_equal(mask(route, shape, node=True), want)
+  np.testing.assert_array_equal(mask(route, shape, factor=0.0), want)
 
 
 def test_the_mask_belongs_to_the_token_and_not_to_the_expert():
