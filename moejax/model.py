@@ -41,7 +41,8 @@ def apply_fn(
     remat: recompute each layer in the backward pass.
     inputs: of an encoder-decoder, encoder_mask and decoder_mask, bool, True for real tokens; of a
       decoder, positions_bt (default 0, 1, ...), segments_bt (packed documents by number, which do
-      not see each other) and valid_bt (True for real tokens). All may be left out.
+      not see each other), valid_bt (True for real tokens) and microbatches (of a pipeline; 0: as
+      many as stages). All may be left out. A decoder's params may be stacked (`nn.stacking`).
   """
   if train and key is None:
     raise ValueError('train=True needs a key for dropout and routing')
@@ -74,6 +75,7 @@ def forward(
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
     remat: bool = False,
+    **options: Any,
 ) -> Output:
   """`apply_fn` on a batch as `moejax.data` lays it out, its padding masked.
 
@@ -81,7 +83,8 @@ def forward(
   weights; a decoder's has tokens, segments and positions.
   """
   run = functools.partial(
-      apply_fn, config, params, train=key is not None, key=key, dtype=dtype, mesh=mesh, remat=remat
+      apply_fn, config, params, train=key is not None, key=key, dtype=dtype, mesh=mesh, remat=remat,
+      **options,
   )
   if isinstance(config, DecoderConfig):
     return run(

@@ -14,6 +14,8 @@ from moejax.errors import UserError
 
 AXES = ('pipeline', 'data', 'expert', 'tensor')
 BATCH_AXES = ('data', 'expert')
+# In the path of weights that have layers as their leading axis.
+STACKED = '/blocks/'
 
 # First match wins; each entry names the mesh axis of each array axis.
 PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
@@ -70,7 +72,9 @@ def param_specs(
   def spec(path: str, leaf: Any) -> Any:
     if not tree.is_array(leaf):
       return leaf.specs(mesh)
-    axes = tree.first_match(rules, path)
+    axes = tuple(tree.first_match(rules, path))
+    if STACKED in path:
+      axes = ('pipeline', *(axes or (None,) * (leaf.ndim - 1)))
     return _fit(axes, leaf.shape, mesh) if len(axes) == leaf.ndim else PartitionSpec()
 
   return tree.map_paths(spec, params)

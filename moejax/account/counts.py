@@ -9,6 +9,7 @@ import numpy as np
 
 from moejax import model, tree, weights
 from moejax.config import DecoderConfig, ModelConfig
+from moejax.routing.router import DENSE
 
 
 class Source(Protocol):
@@ -61,7 +62,7 @@ def bytes_by_part(params: Mapping[str, Any]) -> dict[str, int]:
 def experts_a_token(config: ModelConfig, experts: int) -> int:
   """How many of a layer's experts compute a token."""
   moe = config.moe
-  if moe is None or moe.router in ('straight_through', 'reinmax', 'densemixer'):
+  if moe is None or moe.router in DENSE:
     return experts
   return min(moe.top_k, experts)
 

@@ -118,14 +118,16 @@ class TrainConfig(Checked):
 
   `max_seconds` over 0 ends a run early, with a checkpoint. `aligned_start`: see `nn.aligned`.
   `peak_flops_per_second` of 0 is measured by a matmul at the start; it is what utilisation is a
-  share of.
+  share of. `scan_layers`: a decoder's layers are stacked and run by one program, which compiles
+  once for all of them; a mesh with a pipeline needs it, and splits each batch into
+  `pipeline_microbatches` (0: as many as stages).
   """
 
   section: ClassVar[str] = 'train.'
   least: ClassVar[Mapping[str, float]] = {
       'steps': 1, 'batch_size': 1, 'accumulate': 1, 'seed': 0, 'log_every': 0, 'eval_every': 0,
       'eval_batches': 0, 'checkpoint_every': 0, 'keep_checkpoints': 1, 'max_seconds': 0,
-      'peak_flops_per_second': 0,
+      'peak_flops_per_second': 0, 'pipeline_microbatches': 0,
   }
   steps: int = 1000
   batch_size: int = 32
@@ -139,6 +141,8 @@ class TrainConfig(Checked):
   checkpoint_every: int = 200
   keep_checkpoints: int = 2
   max_seconds: float = 0.0
+  scan_layers: bool = False
+  pipeline_microbatches: int = 0
   aligned_start: bool = False
   save_dtype: str = 'float32'
   peak_flops_per_second: float = 0.0

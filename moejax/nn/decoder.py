@@ -15,6 +15,8 @@ from jax.sharding import Mesh
 
 from moejax import sharding
 from moejax.config import DecoderConfig
+from moejax.errors import UserError
+from moejax.nn import blocks, stacking
 from moejax.nn.layers import DenseFfn, norm_params, normal, weight
 from moejax.nn.moe import MoeFfn
 from moejax.nn.outputs import Output
@@ -199,8 +201,12 @@ def forward(
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
     remat: bool = False,
+    microbatches: int = 0,
 ) -> Output:
-  """Logits of every position; see `moejax.model.apply_fn`."""
+  """Logits of every position; see `moejax.model.apply_fn`.
+
+  params may be stacked (`stacking.stack`); a mesh with a pipeline needs them to be.
+  """
   batch, length = tokens_bt.shape
   if positions_bt is None:
     positions_bt = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
@@ -210,7 +216,14 @@ def forward(
       valid_bt=valid_bt, tokens_bt=tokens_bt,
   )
   x_btd = embed(config, params, tokens_bt, positions_bt, dtype, mesh)
-  x_btd, routings = run_layers(config, params['decoder'], x_btd, context, key, mesh, remat)
+  if stacking.is_stacked(params):
+    x_btd, routings = run_blocks(
+        config, params['decoder'], x_btd, context, key, mesh, remat, microbatches
+    )
+  elif mesh is not None and mesh.shape['pipeline'] > 1:
+    raise UserError('a mesh with a pipeline needs stacked layers: set train.scan_layers = true')
+  else:
+    x_btd, routings = run_layers(config, params['decoder'], x_btd, context, key, mesh, remat)
   return Output(head(config, params, x_btd), routings)
 
 
@@ -229,6 +242,25 @@ def run_layers(config, stack, x_btd, context, key=None, mesh=None, remat=False):
     if routing is not None:
       routings[f'decoder/layers_{i}/ffn'] = routing
   return x_btd, routings
+
+
+def run_blocks(config, stack, x_btd, context, key, mesh, remat, microbatches=0):
+  """`run_layers` for stacked layers: a scan, or a pipeline where the mesh has stages."""
+
+  def run(j, params, x, context, key):
+    module: Any = layer_module(config, j, mesh, key is not None)
+    return module.apply({'params': params}, x, context, rngs=layer_keys(key))[:2]
+
+  own = stack[stacking.BLOCKS]
+  stages = 1 if mesh is None else mesh.shape['pipeline']
+  if stages == 1:
+    x_btd, routings = blocks.scan(config, own, x_btd, context, key, run, remat=remat)
+  else:
+    x_btd, routings = blocks.pipeline(
+        config, own, x_btd, context, key, run, mesh=mesh, microbatches=microbatches or stages,
+        remat=remat,
+    )
+  return x_btd, blocks.by_path(config, routings)
 
 
 def layer_keys(key: jax.Array | None) -> dict[str, jax.Array] | None:

@@ -1,6 +1,7 @@
 """A router's logits, and the routers by name."""
 
 from collections.abc import Mapping
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,8 +11,20 @@ from moejax.config import MoeConfig
 from moejax.errors import UserError
 from moejax.routing import capacity as capacity_lib
 from moejax.routing import draws as draws_lib
-from moejax.routing import estimators, gshard, hashed, sparsemixer, switch, threshold, topk
+from moejax.routing import (
+  estimators,
+  gshard,
+  hashed,
+  losses,
+  sparsemixer,
+  switch,
+  threshold,
+  topk,
+)
 from moejax.routing.types import Routing
+
+# Routers that evaluate every expert in training.
+DENSE = ('straight_through', 'reinmax', 'densemixer')
 
 
 def router_logits(params: Mapping[str, jax.Array], x_btd: jax.Array) -> jax.Array:
@@ -52,6 +65,34 @@ def _groups(config: MoeConfig, batch: int, groups: int, train: bool) -> int:
   if config.balance != 'local' or (not train and batch % groups):
     return 1
   return groups
+
+
+def with_losses(
+    config: MoeConfig, routing: Routing, shape: tuple[int, int], *,
+    valid_bt: jax.Array | None = None, groups: int = 1,
+) -> Routing:
+  """The routing with its balance and z loss computed again, over a batch joined from parts.
+
+  SparseMixer-v1 balances its masked probabilities, which a routing does not hold: its loss stays.
+
+  Args:
+    shape: (b, t). valid_bt, groups: as in `route`.
+  """
+  weight_bt = jnp.ones(shape) if valid_bt is None else valid_bt.astype(jnp.float32)
+  logits_bte = routing.logits_me.reshape(*shape, -1)
+  k = config.top_k if config.router in DENSE else routing.choice_mk.shape[-1]
+  chosen = None
+  if routing.candidates_mk is not None:
+    chosen = (routing.candidates_mk[:, :k] > 0).reshape(*shape, k)
+  balance = routing.load_balance_loss
+  if config.router != 'sparsemixer_v1':
+    balance = losses.load_balance_loss(
+        jax.nn.softmax(logits_bte, axis=-1), routing.choice_mk[:, :k].reshape(*shape, k),
+        weight_bt, chosen=chosen, groups=_groups(config, shape[0], groups, True),
+    )
+  return dataclasses.replace(
+      routing, load_balance_loss=balance, z_loss=losses.z_loss(logits_bte, weight_bt)
+  )
 
 
 def route(

@@ -21,7 +21,7 @@ from moejax import errors, files
 from moejax.train import state as state_lib
 
 # What shapes the params or the optimizer's state.
-_FIXED = ('model', 'optim.optimizer', 'data.num_sentinels')
+_FIXED = ('model', 'optim.optimizer', 'data.num_sentinels', 'train.scan_layers')
 _UNFINISHED = '.orbax-checkpoint-tmp'  # how the name of an unfinished checkpoint ends
 
 
@@ -38,6 +38,8 @@ def differences(old: Any, new: Any, where: str = '') -> dict[str, tuple[Any, Any
 
 def check_same_run(old: dict, new: dict, folder: str | os.PathLike) -> list[str]:
   """Names the settings that changed since the checkpoint; those that may not raise UserError."""
+  with contextlib.suppress(errors.UserError):  # settings that it knew nothing of are as they were
+    old = config_lib.to_json(config_lib.from_json(config_lib.Experiment, old))
   changed = differences(old, new)
   for path, (was, now) in changed.items():
     if any(path == fixed or path.startswith(fixed + '.') for fixed in _FIXED):

@@ -135,10 +135,8 @@ def start(
 ) -> tuple[state_lib.TrainState, int]:
   """The newest checkpoint's state and next batch index, or a fresh state and 0."""
   if checkpoints.latest() is None:
-    params = initial_params(experiment)
-    seed = experiment.train.seed
-    return state_lib.init(experiment.model, optimizer, mesh, seed, params), 0
-  target = checkpoint.target_of(state_lib.abstract(experiment.model, optimizer), places)
+    return state_lib.init(experiment, optimizer, mesh, initial_params(experiment)), 0
+  target = checkpoint.target_of(state_lib.abstract(experiment, optimizer), places)
   state, index, changed = checkpoints.restore(target)
   say(f'resumed at step {int(state.step)}')
   for line in changed:
@@ -172,15 +170,15 @@ def run(
   # --- Checks, mesh, data, state
   check(experiment)
   mesh = sharding.make_mesh(experiment.mesh)
-  step_lib.check_batch(experiment, mesh)
+  step_lib.check_fits(experiment, mesh)
   optimizer = optim.make_optimizer(
-      experiment.optim, train.steps, model.abstract_params(experiment.model)
+      experiment.optim, train.steps, state_lib.abstract_params(experiment)
   )
   workdir = prepare_workdir(workdir)
   data = inputs.load(experiment, workdir, resuming=checkpoint.any_in(workdir / 'checkpoints'))
   say(f'data: {data.train.num_tokens:,} tokens in {data.train.num_documents:,} '
       f'documents, {data.train.num_samples:,} samples an epoch')
-  places = state_lib.shardings(state_lib.abstract(experiment.model, optimizer), mesh)
+  places = state_lib.shardings(state_lib.abstract(experiment, optimizer), mesh)
   keep = train.keep_checkpoints
   with checkpoint.Checkpoints(workdir / 'checkpoints', experiment, keep) as checkpoints:
     state, begin = start(experiment, optimizer, mesh, places, checkpoints)
@@ -254,7 +252,8 @@ def save_model(
     experiment: config_lib.Experiment, state: state_lib.TrainState, workdir: pathlib.Path
 ) -> None:
   """Writes `workdir/model`, a moejax model folder with the tokenizer; the first process writes."""
-  params, dtype = state.params, jnp.dtype(experiment.train.save_dtype)
+  params = state_lib.model_params(experiment, state)
+  dtype = jnp.dtype(experiment.train.save_dtype)
   if jax.process_count() > 1:
     params = multihost_utils.process_allgather(params, tiled=True)
   if jax.process_index() != 0:

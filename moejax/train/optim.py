@@ -10,7 +10,7 @@ import optax
 import optax.contrib
 
 from moejax import config as config_lib
-from moejax import errors, tree
+from moejax import errors, sharding, tree
 
 SCHEDULES = ('constant', 'cosine', 'linear', 'rsqrt', 'wsd')
 OPTIMIZERS = ('adamw', 'adafactor', 'muon')
@@ -128,8 +128,10 @@ def _preconditioner(config: config_lib.OptimConfig, params: Any) -> optax.Gradie
   )
 
 
-# (path regex, reduction axes, output axes) of the hidden matrices; other axes are a batch.
+# (path regex, reduction axes, output axes) of the hidden matrices; other axes are a batch. Stacked
+# layers have one more before them.
 _MUON_RULES = (
+    (r'.*/ffn/shared/(wi|wo|gate)', ((0,), (1,))),
     (r'.*/experts/(wi|wo|gate)', ((1,), (2,))),
     (r'.*/ffn/(wi|wo|gate)', ((0,), (1,))),
     (r'.*attention/(q|k|v)', ((0,), (1, 2))),
@@ -139,7 +141,10 @@ _MUON_RULES = (
 
 
 def _muon_axes(path: str) -> Any:
-  return tree.first_match(_MUON_RULES, path)
+  axes = tree.first_match(_MUON_RULES, path)
+  if axes is None or sharding.STACKED not in path:
+    return axes
+  return tuple(tuple(i + 1 for i in group) for group in axes)
 
 
 def _muon() -> optax.GradientTransformation:

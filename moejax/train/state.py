@@ -10,6 +10,8 @@ import optax
 
 from moejax import config as config_lib
 from moejax import model, sharding, tree
+from moejax.errors import UserError
+from moejax.nn import stacking
 
 
 @jax.tree_util.register_dataclass
@@ -30,11 +32,29 @@ def create(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
   return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
 
 
+def stacks(experiment: config_lib.Experiment) -> bool:
+  """Whether a run keeps its layers stacked."""
+  return experiment.train.scan_layers
+
+
+def abstract_params(experiment: config_lib.Experiment) -> Any:
+  """Shapes of a run's parameters, stacked if it stacks them."""
+  config = experiment.model
+  params = model.abstract_params(config)
+  if not stacks(experiment):
+    return params
+  if not isinstance(config, config_lib.DecoderConfig):
+    raise UserError('train.scan_layers is for decoders: set it to false')
+  return stacking.stack(params, config)
+
+
 def abstract(
-    config: config_lib.ModelConfig, optimizer: optax.GradientTransformation
+    experiment: config_lib.Experiment, optimizer: optax.GradientTransformation
 ) -> TrainState:
   """The state's shapes and dtypes; nothing is allocated."""
-  return jax.eval_shape(lambda params: create(params, optimizer), model.abstract_params(config))
+  return jax.eval_shape(
+      lambda params: create(params, optimizer), abstract_params(experiment)
+  )
 
 
 def shardings(state: TrainState, mesh: Mesh) -> TrainState:
@@ -59,20 +79,30 @@ def shardings(state: TrainState, mesh: Mesh) -> TrainState:
 
 
 def init(
-    config: config_lib.ModelConfig,
+    experiment: config_lib.Experiment,
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
-    seed: int,
     params: Any = None,
 ) -> TrainState:
-  """Makes the state in place on the mesh, from given parameters or from the seed.
+  """Makes the state in place on the mesh, from given parameters or from `train.seed`.
 
-  The same seed gives the same parameters on every mesh.
+  The same seed gives the same parameters on every mesh, stacked or not. Given parameters are those
+  of a Model.
   """
-  places = shardings(abstract(config, optimizer), mesh)
+  config: Any = experiment.model
+  places = shardings(abstract(experiment, optimizer), mesh)
+  ordered = lambda p: stacking.stack(p, config) if stacks(experiment) else p
   if params is None:
-    make = jax.jit(lambda key: model.init_params(config, key), out_shardings=places.params)
-    params = make(jax.random.key(seed))
+    make = jax.jit(
+        lambda key: ordered(model.init_params(config, key)), out_shardings=places.params
+    )
+    params = make(jax.random.key(experiment.train.seed))
   else:
-    params = jax.device_put(tree.cast_floats(params, jnp.float32), places.params)
+    params = jax.device_put(ordered(tree.cast_floats(params, jnp.float32)), places.params)
   return jax.jit(lambda p: create(p, optimizer), out_shardings=places)(params)
+
+
+def model_params(experiment: config_lib.Experiment, state: TrainState) -> Any:
+  """The parameters as a Model has them: layers by themselves."""
+  config: Any = experiment.model
+  return stacking.unstack(state.params, config) if stacks(experiment) else state.params

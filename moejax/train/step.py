@@ -10,6 +10,9 @@ import optax
 
 from moejax import config as config_lib
 from moejax import errors, model, sharding
+from moejax.nn import blocks
+from moejax.routing import estimators
+from moejax.routing import losses as losses_lib
 from moejax.routing import metrics as metrics_lib
 from moejax.routing.types import Routing
 from moejax.train import state as state_lib
@@ -54,9 +57,12 @@ def forward(
 ) -> model.Output:
   """Applies the model to a batch as the run says; with a key in training mode."""
   train = experiment.train
+  extra = {}
+  if isinstance(experiment.model, config_lib.DecoderConfig):
+    extra['microbatches'] = train.pipeline_microbatches
   return model.forward(
       experiment.model, params, batch, key=key, dtype=jnp.dtype(train.compute_dtype), mesh=mesh,
-      remat=train.remat and key is not None,
+      remat=train.remat and key is not None, **extra,
   )
 
 
@@ -69,11 +75,17 @@ def routing_metrics(
   """
   valid: dict[str, jax.Array | None] = {}
   if config.moe is not None and config.moe.router_ignore_padding_tokens:
-    for path in routings:
-      real = (batch['encoder_tokens'] != config.pad_id if path.startswith('encoder/')
-              else batch['weights'] > 0)
-      valid[path] = real.reshape(-1)
+    valid = {path: _real_tokens(config, path, batch).reshape(-1) for path in routings}
   return metrics_lib.layer_sums(routings, valid)
+
+
+def _real_tokens(config: config_lib.ModelConfig, path: str, batch: Batch) -> jax.Array:
+  """Where the stack of a layer's path reads real tokens, bool [b, t]."""
+  if isinstance(config, config_lib.DecoderConfig):
+    return batch['segments'] > 0
+  return batch['encoder_tokens'] != config.pad_id if path.startswith('encoder/') else (
+      batch['weights'] > 0
+  )
 
 
 def _finish_routing(metrics: Metrics) -> Metrics:
@@ -94,7 +106,8 @@ def loss_fn(
   """Masked cross-entropy plus the weighted router losses, float32.
 
   Switch adds alpha * load-balancing loss for each sparse layer (arXiv 2101.03961, eq. 4); the
-  z-loss is ST-MoE's (arXiv 2202.08906, eq. 5). A layer's loss counts in full, not averaged.
+  z-loss is ST-MoE's (arXiv 2202.08906, eq. 5). A layer's loss counts in full, not averaged;
+  'pooled' balance is one loss for all layers.
 
   Args:
     batch: one of `parts` microbatches; `total_weight` is the weight of all of them, so the losses
@@ -103,13 +116,13 @@ def loss_fn(
   output = forward(experiment, params, batch, key=key, mesh=mesh)
   losses, hits = cross_entropy(output.logits_btv, batch['targets'])
   cross = jnp.sum(losses * batch['weights']) / total_weight
-  routings = list(output.routings.values())
-  balance = sum((r.load_balance_loss for r in routings), jnp.float32(0)) / parts
-  z = sum((r.z_loss for r in routings), jnp.float32(0)) / parts
+  balance = balance_loss(experiment.model, output.routings, batch) / parts
+  z = sum((r.z_loss for r in output.routings.values()), jnp.float32(0)) / parts
   loss = cross
   if experiment.model.moe is not None:
     moe = experiment.model.moe
     loss = loss + moe.router_aux_loss_coef * balance + moe.router_z_loss_coef * z
+    loss = loss + score_function_loss(output.routings, losses, batch['weights']) / parts
   metrics = {
       'loss': loss,
       'cross_entropy': cross,
@@ -119,6 +132,39 @@ def loss_fn(
       **routing_metrics(experiment.model, output.routings, batch),
   }
   return loss, metrics
+
+
+def balance_loss(
+    config: config_lib.ModelConfig, routings: Mapping[str, Routing], batch: Batch
+) -> jax.Array:
+  """The load-balancing losses of all layers, added up, or the 'pooled' one of them together."""
+  if config.moe is None or not routings:
+    return jnp.float32(0)
+  if config.moe.balance != 'pooled':
+    return sum((r.load_balance_loss for r in routings.values()), jnp.float32(0))
+  real = {path: _real_tokens(config, path, batch).reshape(-1) for path in routings}
+  return losses_lib.pooled_load_balance_loss(
+      [r.logits_me for r in routings.values()], config.moe.top_k, list(real.values())
+  )
+
+
+def score_function_loss(
+    routings: Mapping[str, Routing], losses_bt: jax.Array, weights_bt: jax.Array
+) -> jax.Array:
+  """REINFORCE's term for routers that sample by log-probability, else 0; its value means nothing.
+
+  The reward of a token's draws is the mean loss of its sequence, which they all may have moved; the
+  baseline is the mean over the batch.
+  """
+  sampled = [r.log_prob_m for r in routings.values() if r.log_prob_m is not None]
+  if not sampled:
+    return jnp.float32(0)
+  per_row_b = (losses_bt * weights_bt).sum(1) / jnp.maximum(weights_bt.sum(1), 1.0)
+  total = jnp.float32(0)
+  for log_prob_m in sampled:
+    reward_m = jnp.repeat(per_row_b, log_prob_m.shape[0] // per_row_b.shape[0])
+    total += estimators.surrogate_loss(log_prob_m, reward_m, per_row_b.mean())
+  return total
 
 
 def split_batch(batch: Batch, parts: int, mesh: Mesh | None) -> Batch:
@@ -212,14 +258,27 @@ def summarize_eval(sums: Mapping[str, Any]) -> Metrics:
   return {**means, **_finish_routing({k: v for k, v in sums.items() if '/' in k})}
 
 
-def check_batch(experiment: config_lib.Experiment, mesh: Mesh) -> None:
-  """Raises UserError unless the batch divides over microbatches and devices."""
+def check_fits(experiment: config_lib.Experiment, mesh: Mesh) -> None:
+  """Raises UserError unless batch, experts and layers divide over microbatches and devices."""
   size, parts = experiment.train.batch_size, experiment.train.accumulate
-  ways = sharding.batch_ways(mesh)
-  if parts < 1 or size % (parts * ways):
+  stages = mesh.shape['pipeline']
+  micro = (experiment.train.pipeline_microbatches or stages) if stages > 1 else 1
+  if size % (parts * sharding.batch_ways(mesh) * micro):
     raise errors.UserError(
-        f'train.batch_size = {size} must be a multiple of train.accumulate x data x expert = '
-        f'{parts} x {mesh.shape["data"]} x {mesh.shape["expert"]}'
+        f'train.batch_size = {size} must be a multiple of train.accumulate x data x expert x '
+        f'pipeline microbatches = {parts} x {mesh.shape["data"]} x {mesh.shape["expert"]} x {micro}'
+    )
+  if stages > 1 and not experiment.train.scan_layers:
+    raise errors.UserError(
+        f'mesh.pipeline = {stages} needs stacked layers: set train.scan_layers = true'
+    )
+  model_config = experiment.model
+  if stages > 1 and isinstance(model_config, config_lib.DecoderConfig):
+    blocks.check_pipeline(model_config, stages, size // parts, micro)
+  experts = 0 if model_config.moe is None else model_config.moe.num_experts
+  if experts % mesh.shape['expert']:
+    raise errors.UserError(
+        f'moe.num_experts = {experts} does not divide over mesh.expert = {mesh.shape["expert"]}'
     )
 
 
@@ -230,7 +289,7 @@ def jit_train_step(
     places: state_lib.TrainState,
 ) -> Callable[[state_lib.TrainState, Batch], tuple[state_lib.TrainState, Metrics]]:
   """`train_step` compiled for a mesh, the state donated and kept where `places` says."""
-  check_batch(experiment, mesh)
+  check_fits(experiment, mesh)
   return jax.jit(
       lambda state, batch: train_step(experiment, optimizer, state, batch, mesh),
       in_shardings=(places, sharding.batch_sharding(mesh)),

@@ -1,4 +1,4 @@
-"""Tokens that travel between devices: the same sums both ways, drops only where buffers overflow."""
+"""Tokens that travel between devices: equal sums both ways, drops only where buffers overflow."""
 
 import functools
 

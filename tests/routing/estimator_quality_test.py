@@ -26,6 +26,7 @@ STORED = {
     'v2_star_pure': 'v2star_noov',
 }
 EXACT = 1e-9
+SAMPLES = 200_000
 
 
 @pytest.fixture(autouse=True)
@@ -48,11 +49,6 @@ def problems(kind=None):
   shape = np.array([lab.SHAPES[str(k)] for k in kinds])
   fields = [*(data[f'problem/{n}'] for n in ('z', 'X', 'B', 'a', 'c', 'f0')), shape]
   return lab.Problem(*(jnp.asarray(f[rows]) for f in fields))
-
-
-def enumerated(estimator, problem, k=1, **candidates):
-  fn = lambda p: lab.enumerate_estimator(estimator, p, k, **candidates)
-  return jax.jit(jax.vmap(fn))(problem)
 
 
 @functools.cache
@@ -95,17 +91,21 @@ def test_twice_the_sampled_gating_is_the_recorded_euler_estimate():
   np.testing.assert_allclose(4 * variance, stored()['tracevar/euler_full'], atol=1e-10)
 
 
-def reference(version):
-  """A SparseMixer of the released code, but 1/3 exact, as the vectors have it."""
-  return lab.mixer(version, '', 'detached', variant='reference')
+@functools.cache
+def released():
+  """Mean gradients of the experts in the released code, but with 1/3 exact as in the vectors."""
+  names = ('v1', 'v2', 'v2_star')
+  with jax.enable_x64(True), pytest.MonkeyPatch.context() as patch:
+    patch.setattr(sparsemixer, 'RELEASED_THIRD', 1 / 3)
+    made = {n: lab.mixer(f'sparsemixer_{n}', '', '', variant='reference') for n in names}
+    fn = lambda p: {n: lab.enumerate_estimator(e, p)['expert_mean'] for n, e in made.items()}
+    return jax.device_get(jax.jit(jax.vmap(fn))(problems()))
 
 
 @pytest.mark.parametrize('version', ['v1', 'v2'])
-def test_expert_gradients_are_the_recorded_ones(version, monkeypatch):
-  monkeypatch.setattr(sparsemixer, 'RELEASED_THIRD', 1 / 3)
-  got = enumerated(reference(f'sparsemixer_{version}'), problems())
+def test_expert_gradients_are_the_recorded_ones(version):
   want = stored()[f'expert_grad/{version}_code']
-  np.testing.assert_allclose(got['expert_mean'], want, atol=1e-10)
+  np.testing.assert_allclose(released()[version], want, atol=1e-10)
 
 
 def test_expert_gradient_of_the_papers_algorithm_is_the_recorded_one():
@@ -113,15 +113,20 @@ def test_expert_gradient_of_the_papers_algorithm_is_the_recorded_one():
   np.testing.assert_allclose(moments()[0]['v2']['expert_mean'], want, atol=1e-10)
 
 
-@pytest.mark.parametrize('eps, group', [(None, 'top2'), (0.3, 'top2_eps03')])
 @pytest.mark.parametrize('version, name', [
     ('sparsemixer_v2', 'mean_v2'), ('sampled_gating', 'mean_gate_sampled'),
 ])
-def test_two_choices_have_the_recorded_mean(eps, group, version, name, monkeypatch):
+def test_two_choices_have_the_recorded_mean(version, name, monkeypatch):
   monkeypatch.setattr(sparsemixer, 'RELEASED_THIRD', 1 / 3)
-  estimator = lab.mixer(version, '', 'detached', k=2, eps=eps, variant='reference')
-  got = enumerated(estimator, problems(), k=2, eps=eps)
-  np.testing.assert_allclose(got['mean'], stored()[f'{group}/{name}'], atol=1e-10)
+
+  def fn(problem, eps):
+    estimator = lab.mixer(version, '', '', k=2, eps=eps, variant='reference')
+    return lab.enumerate_estimator(estimator, problem, 2, eps=eps)['mean']
+
+  fn = jax.jit(jax.vmap(fn, (0, None)))
+  for eps, group in ((1e6, 'top2'), (0.3, 'top2_eps03')):
+    got = fn(problems(), eps)
+    np.testing.assert_allclose(got, stored()[f'{group}/{name}'], atol=1e-10, err_msg=group)
 
 
 @pytest.mark.parametrize('kind', lab.SHAPES)
@@ -157,21 +162,26 @@ def test_cubic_losses():
 
 
 @pytest.mark.parametrize('version, share', [('v1', 3 / 4), ('v2', 1 / 2), ('v2_star', 3 / 4)])
-def test_expert_gradient_of_a_linear_loss(version, share, monkeypatch):
+def test_expert_gradient_of_a_linear_loss(version, share):
   """The released code scales an expert's gradient too, unless the expert is the best one."""
-  monkeypatch.setattr(sparsemixer, 'RELEASED_THIRD', 1 / 3)
   linear = stored()['problem/kind'] == 'linear'
-  problem = problems('linear')
   exact = stored()['expert_grad/exact'][linear]
-  best = np.eye(4)[np.argmax(problem.logits_e, -1)][..., None]
-  got = enumerated(reference(f'sparsemixer_{version}'), problem)['expert_mean']
-  np.testing.assert_allclose(got, exact * (best + share * (1 - best)), atol=EXACT)
+  best = np.eye(4)[np.argmax(stored()['problem/z'][linear], -1)][..., None]
+  want = exact * (best + share * (1 - best))
+  np.testing.assert_allclose(released()[version][linear], want, atol=EXACT)
   np.testing.assert_allclose(moments()[0][version]['expert_mean'][linear], exact, atol=EXACT)
 
 
 @pytest.mark.parametrize('kind', lab.SHAPES)
 def test_top_k_gating_is_biased_for_every_loss(kind):
   assert bias('topk', kind) > 0.5
+
+
+@functools.cache
+def drawn(seed):
+  """What a router draws from a key, for one choice of each of SAMPLES tokens."""
+  make = lambda key: draws_lib.from_key(key, 1, SAMPLES, 4, jnp.float64)
+  return jax.jit(make)(jax.random.key(seed))
 
 
 @pytest.mark.parametrize('name, baseline', [
@@ -189,17 +199,15 @@ def test_monte_carlo_of_the_named_routers(name, baseline):
       '', lambda z, draws: router.route(config, z, draws=draws), '', temperature=temperature,
       baseline=baseline,
   )
-  n = 200_000
 
   @jax.jit
-  def run(problem, key):
-    draws = draws_lib.from_key(key, 1, n, 4, jnp.float64)
+  def run(problem, draws):
     grads = lab.gradients(estimator, problem, draws)[0]
-    return grads.mean(0), grads.std(0) / np.sqrt(n)
+    return grads.mean(0), grads.std(0) / np.sqrt(SAMPLES)
 
   every = problems()
   for i in range(1, 4):
-    mean, error = run(jax.tree.map(lambda a: a[i], every), jax.random.key(i))
+    mean, error = jax.device_get(run(jax.tree.map(lambda a: a[i], every), drawn(i)))
     want = stored()[f'mean/{STORED[known]}'][i]
     assert (np.abs(mean - want) < 5 * error + 1e-12).all(), (i, (mean - want) / error)
 
@@ -210,7 +218,8 @@ def test_monte_carlo_of_the_named_routers(name, baseline):
 def test_order_of_the_biases(kind, scale, seed):
   """1,500 problems: with fewer, v2 against sampled gating is within the noise of the problems."""
   made = lab.random_problems(kind, 1500, 4, scale, seed=seed)
-  results = lab.measure(jax.tree.map(jnp.asarray, made))
+  names = ('topk', 'sampled_gating', 'v2', 'v2_pure')
+  results = lab.measure(jax.tree.map(jnp.asarray, made), names)
   value = {name: float(result[0]) for name, result in results.items()}
   assert value['v2_pure'] < value['v2'] <= 1.05 * value['sampled_gating']
   assert value['sampled_gating'] < value['topk']

@@ -61,20 +61,18 @@ class Setup:
   def __init__(self, config: config_lib.Experiment):
     self.experiment = config
     self.mesh = sharding.make_mesh(config.mesh)
-    step_lib.check_batch(config, self.mesh)
+    step_lib.check_fits(config, self.mesh)
     self.params = host_params(config.model, config.train.seed)
-    self.optimizer = optim.make_optimizer(config.optim, config.train.steps, self.params)
-    self.abstract = state_lib.abstract(config.model, self.optimizer)
+    shapes = state_lib.abstract_params(config)
+    self.optimizer = optim.make_optimizer(config.optim, config.train.steps, shapes)
+    self.abstract = state_lib.abstract(config, self.optimizer)
     self.places = state_lib.shardings(self.abstract, self.mesh)
     self.batches = make_batches(config)
     self._step: Any = None
 
   def fresh(self) -> state_lib.TrainState:
     """The state before the first step."""
-    seed = self.experiment.train.seed
-    return state_lib.init(
-        self.experiment.model, self.optimizer, self.mesh, seed, self.params
-    )
+    return state_lib.init(self.experiment, self.optimizer, self.mesh, self.params)
 
   def batch(self, index: int) -> Any:
     """A global batch."""
