@@ -1,42 +1,27 @@
 r"""Trains a model as a config file says, or goes on where the workdir's last checkpoint stands.
 
+SIGTERM or Ctrl-C saves a checkpoint and ends with exit code 75. Processes of one run find one
+another under Slurm and on TPU VMs (`experiments/launch`), or by JAX_COORDINATOR_ADDRESS,
+JAX_NUM_PROCESSES and JAX_PROCESS_ID; they share the workdir.
+
 Example:
   python -m experiments.train --config configs/FILE.py --workdir runs/first \
       --set train.steps=200 --set optim.learning_rate=0.002
 """
 
+import sys
+
 from absl import flags
-import jax
 
 from experiments import flags as common
+from experiments import processes
 from moejax import config, files
 from moejax.errors import UserError
 from moejax.train import loop
 
+_STOPPED = 75  # exit code of a run that a signal stopped: run it again to go on
+
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run: checkpoints, logs, model.')
-_DISTRIBUTED = flags.DEFINE_bool(
-    'distributed', False, 'Join a multi-process run; on TPU and Slurm JAX finds the rest itself.'
-)
-_COORDINATOR = flags.DEFINE_string('coordinator', None, 'host:port of the first process.')
-_PROCESSES = flags.DEFINE_integer(
-    'processes', None, 'Number of processes of the run.', lower_bound=1
-)
-_PROCESS = flags.DEFINE_integer('process', None, 'Which of them this is, from 0.', lower_bound=0)
-
-
-def join() -> None:
-  """Becomes one process of several."""
-  count, own = _PROCESSES.value, _PROCESS.value
-  if count is not None and own is not None and own >= count:
-    raise UserError(f'--process={own}: under --processes={count}, the first one is 0')
-  try:
-    jax.distributed.initialize(_COORDINATOR.value, count, own)
-  except (ValueError, RuntimeError) as error:
-    reason = str(error).partition('\n')[0]
-    raise UserError(
-        f'--distributed: {reason} Give --coordinator, --processes and --process, the same '
-        'coordinator everywhere'
-    ) from error
 
 
 def main() -> None:
@@ -47,10 +32,12 @@ def main() -> None:
         f'{flags.FLAGS.config} returns a {type(experiment).__name__}, no training run; try '
         'configs/sotu_switch16.py'
     )
-  if _DISTRIBUTED.value:
-    join()
-  result = loop.run(experiment, str(_WORKDIR.value), should_stop=common.stop_on_signals())
+  processes.join()
+  stopped = common.stop_on_signals()
+  result = loop.run(experiment, str(_WORKDIR.value), should_stop=stopped)
   print(files.json_text(result))
+  if stopped() and not result['finished']:
+    sys.exit(_STOPPED)
 
 
 if __name__ == '__main__':

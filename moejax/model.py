@@ -17,6 +17,9 @@ from moejax.nn import decoder, switch
 from moejax.nn.outputs import Output
 
 
+@functools.partial(
+    jax.jit, static_argnames=('config', 'train', 'dtype', 'mesh', 'remat', 'microbatches')
+)
 def apply_fn(
     config: ModelConfig,
     params: Any,
@@ -28,7 +31,7 @@ def apply_fn(
     remat: bool = False,
     **inputs: Any,
 ) -> Output:
-  """Runs a model: a pure function of params and tokens.
+  """Runs a model: a pure function of params and tokens, compiled for each config and shape.
 
   Args:
     config: which model the params belong to.
@@ -41,8 +44,9 @@ def apply_fn(
     remat: recompute each layer in the backward pass.
     inputs: of an encoder-decoder, encoder_mask and decoder_mask, bool, True for real tokens; of a
       decoder, positions_bt (default 0, 1, ...), segments_bt (packed documents by number, which do
-      not see each other), valid_bt (True for real tokens) and microbatches (of a pipeline; 0: as
-      many as stages). All may be left out. A decoder's params may be stacked (`nn.stacking`).
+      not see each other), valid_bt (True for real tokens), draws (a router's recorded random
+      numbers, by layer path) and microbatches (of a pipeline; 0: as many as stages). All may be
+      left out. A decoder's params may be stacked (`nn.stacking`).
   """
   if train and key is None:
     raise ValueError('train=True needs a key for dropout and routing')
@@ -99,6 +103,7 @@ def forward(
   )
 
 
+@functools.partial(jax.jit, static_argnames=('config',))
 def init_params(config: ModelConfig, key: jax.Array) -> Any:
   """Random float32 params: T5's initialisation, or one standard deviation for a decoder."""
   if isinstance(config, DecoderConfig):

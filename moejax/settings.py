@@ -78,7 +78,7 @@ def _of_family(options: tuple[Any, ...], family: Any, where: str) -> Any:
   if len(options) == 1 or family is None:
     return options[0]
   known = {name: option for option in options for name in option.families}
-  if family not in known:
+  if not isinstance(family, str) or family not in known:
     raise UserError(
         f'{where + "." if where else ""}family = {family!r}: one of {tuple(known)}'
         f'{did_you_mean(str(family), known)}'

@@ -1,13 +1,22 @@
 """Eight CPU devices and quick compilation for every test; CI fails where a test is skipped."""
 
+import importlib.metadata
 import importlib.util
 import os
 
+# Tests spend their time compiling: nothing is optimized, and code comes from the quickest emitters
+# that a version of XLA has (it ends a process that names a flag it does not know).
+_QUICK = {
+    '0.10': [
+        ('--xla_cpu_use_fusion_emitters', 'false'), ('--xla_cpu_parallel_codegen_split_count', 1),
+    ],
+    '0.12': [('--xla_cpu_use_new_xtile_lowering', 'false')],
+}
+_version = '.'.join(importlib.metadata.version('jaxlib').split('.')[:2])
 _flags = os.environ.get('XLA_FLAGS', '').split()
 for _name, _value in (
-    ('--xla_force_host_platform_device_count', 8),
-    # Tests spend their time compiling, so LLVM optimizes nothing unless XLA_FLAGS asks for it.
-    ('--xla_backend_optimization_level', 0),
+    ('--xla_force_host_platform_device_count', 8), ('--xla_backend_optimization_level', 0),
+    *_QUICK.get(_version, ()),
 ):
   if not any(flag.startswith(_name + '=') for flag in _flags):
     _flags.append(f'{_name}={_value}')
@@ -23,6 +32,22 @@ import pytest
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 _HAS_TORCH = importlib.util.find_spec('torch') is not None
+
+
+_MANY_MAPS = 20_000
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _bounded_memory_maps():
+  """XLA's programs take memory maps, and Linux ends a process that has 65,530 of them."""
+  yield
+  try:
+    with open('/proc/self/maps') as f:
+      maps = sum(1 for _ in f)
+  except OSError:
+    return
+  if maps > _MANY_MAPS:
+    jax.clear_caches()
 
 
 def pytest_addoption(parser):

@@ -31,7 +31,8 @@ def commands() -> list[str]:
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess:
-  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': '', 'PYTHONPATH': ''}
+  flags = re.sub(r'--xla_force_host_platform_device_count=\d+', '', os.environ['XLA_FLAGS'])
+  env = {**os.environ, 'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': flags, 'PYTHONPATH': ''}
   return subprocess.run(
       [sys.executable, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300
   )

@@ -96,6 +96,12 @@ class MoeConfig(Checked):
         self.router != 'gshard' or self.top_k == 2, 'moe.top_k', self.top_k,
         "router 'gshard' chooses two experts: set moe.top_k = 2",
     )
+    normalised = ('topk', 'densemixer', 'threshold', 'hash')
+    require(
+        not self.normalize_gates or self.router in normalised, 'moe.normalize_gates', True,
+        f'the gates of router {self.router!r} carry its gradient as they are; only those of '
+        f'{", ".join(normalised)} can be normalised',
+    )
     for name in ('router_jitter_noise', 'input_jitter_noise', 'expert_dropout_rate'):
       value = getattr(self, name)
       require(0.0 <= value < 1.0, f'moe.{name}', value, 'in [0, 1)')

@@ -108,6 +108,11 @@ def from_hf(
   return Model(source.config, tree.unflatten(flat))
 
 
+def load(folder: Path | str) -> Model:
+  """Loads a model folder of either kind: moejax's own, or Hugging Face's."""
+  return Model.load(folder) if store.is_folder(folder) else from_hf(folder)
+
+
 class _Params:
   """A model in memory with the interface of `store.Source`, as far as export needs it."""
 

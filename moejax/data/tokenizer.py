@@ -48,9 +48,9 @@ class Tokenizer:
     known = (self._backend.token_to_id(token) for token in _ENDS)
     return next((token for token in known if token is not None), None)
 
-  def encode(self, text: str) -> np.ndarray:
-    """Ids int32 [n] of a text, without EOS."""
-    return np.array(self._backend.encode(text, add_special_tokens=False).ids, np.int32)
+  def encode(self, text: str, special: bool = False) -> np.ndarray:
+    """Ids int32 [n] of a text; `special` adds what the file puts around a text, as BOS or EOS."""
+    return np.array(self._backend.encode(text, add_special_tokens=special).ids, np.int32)
 
   def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
     """Ids of several texts, in parallel."""

@@ -23,6 +23,7 @@ from moejax.nn.outputs import Output
 from moejax.ops import cache as cache_lib
 from moejax.ops import causal, norm, rope
 from moejax.ops.linear import linear
+from moejax.routing.draws import Draws
 from moejax.routing.types import Routing
 
 
@@ -32,12 +33,14 @@ class Context:
   """What all layers share: rotary angles, masks by window, real tokens, their ids.
 
   turn: cos and sin [b, t, r], or None. masks: bool [b, 1, t, s] by window ('' for no window).
+  draws: a layer's recorded random numbers.
   """
 
   turn: tuple[jax.Array, jax.Array] | None
   masks: dict[str, jax.Array]
   valid_bt: jax.Array | None
   tokens_bt: jax.Array | None
+  draws: Draws | None = None
 
 
 class SelfAttention(nn.Module):
@@ -107,7 +110,7 @@ class DecoderLayer(nn.Module):
   def feed_forward(self, x_btd, context) -> tuple[jax.Array, Routing | None]:
     if not self.sparse:
       return self.ffn(x_btd), None
-    return self.ffn(x_btd, context.valid_bt, context.tokens_bt)
+    return self.ffn(x_btd, context.valid_bt, context.tokens_bt, context.draws)
 
   def route(self, x_btd, context) -> tuple[jax.Array, Routing]:
     """The normed input of this sparse layer's experts and its routing."""
@@ -197,6 +200,7 @@ def forward(
     positions_bt: jax.Array | None = None,
     segments_bt: jax.Array | None = None,
     valid_bt: jax.Array | None = None,
+    draws: Mapping[str, Draws] | None = None,
     key: jax.Array | None = None,
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
@@ -216,6 +220,8 @@ def forward(
       valid_bt=valid_bt, tokens_bt=tokens_bt,
   )
   x_btd = embed(config, params, tokens_bt, positions_bt, dtype, mesh)
+  if draws and stacking.is_stacked(params):
+    raise UserError('recorded draws are of single layers: unstack the params')
   if stacking.is_stacked(params):
     x_btd, routings = run_blocks(
         config, params['decoder'], x_btd, context, key, mesh, remat, microbatches
@@ -223,17 +229,20 @@ def forward(
   elif mesh is not None and mesh.shape['pipeline'] > 1:
     raise UserError('a mesh with a pipeline needs stacked layers: set train.scan_layers = true')
   else:
-    x_btd, routings = run_layers(config, params['decoder'], x_btd, context, key, mesh, remat)
+    x_btd, routings = run_layers(
+        config, params['decoder'], x_btd, context, key, mesh, remat, draws or {}
+    )
   return Output(head(config, params, x_btd), routings)
 
 
-def run_layers(config, stack, x_btd, context, key=None, mesh=None, remat=False):
+def run_layers(config, stack, x_btd, context, key, mesh, remat, draws):
   """All layers in turn: the final hidden states before the norm, and the routings by path."""
   routings = {}
   for i in range(config.num_layers):
     module = layer_module(config, i, mesh, key is not None)
-    run = lambda p, x, k, module=module: module.apply(
-        {'params': p}, x, context, rngs=layer_keys(k)
+    own = dataclasses.replace(context, draws=draws.get(f'decoder/layers_{i}/ffn'))
+    run = lambda p, x, k, module=module, own=own: module.apply(
+        {'params': p}, x, own, rngs=layer_keys(k)
     )[:2]
     run = jax.checkpoint(run) if remat else run
     x_btd, routing = run(

@@ -11,6 +11,7 @@ from moejax.config import ModelConfig
 from moejax.nn.layers import ffn_params, norm_params, normal, weight
 from moejax.ops import ffn, moe, norm
 from moejax.routing import router
+from moejax.routing.draws import Draws
 from moejax.routing.types import Routing
 
 
@@ -23,7 +24,8 @@ class Router(nn.Module):
 
   @nn.compact
   def __call__(
-      self, x_btd: jax.Array, valid_bt: jax.Array | None = None, tokens_bt: jax.Array | None = None
+      self, x_btd: jax.Array, valid_bt: jax.Array | None = None,
+      tokens_bt: jax.Array | None = None, draws: Draws | None = None,
   ) -> Routing:
     c = self.config
     m: Any = c.moe
@@ -37,7 +39,7 @@ class Router(nn.Module):
     return router.route(
         m, logits_bte, key=self.make_rng('router') if self.train else None,
         valid_bt=valid_bt if m.router_ignore_padding_tokens else None, tokens_bt=tokens_bt,
-        groups=m.balance_groups or sharding.batch_ways(self.mesh),
+        groups=m.balance_groups or sharding.batch_ways(self.mesh), draws=draws,
     )
 
 
@@ -97,7 +99,8 @@ class MoeFfn(nn.Module):
     self.dropout = nn.Dropout(c.dropout_rate, deterministic=not self.train)
 
   def route(
-      self, x_btd: jax.Array, valid_bt: jax.Array | None = None, tokens_bt: jax.Array | None = None
+      self, x_btd: jax.Array, valid_bt: jax.Array | None = None,
+      tokens_bt: jax.Array | None = None, draws: Draws | None = None,
   ) -> tuple[jax.Array, Routing]:
     """The normed input of the experts and where each token goes."""
     c = self.config
@@ -105,16 +108,17 @@ class MoeFfn(nn.Module):
     if self.train and c.moe.input_jitter_noise > 0:
       noised = router.jitter(normed, c.moe.input_jitter_noise, self.make_rng('router'))
       normed = noised.astype(normed.dtype)
-    return normed, self.router(normed, valid_bt, tokens_bt)
+    return normed, self.router(normed, valid_bt, tokens_bt, draws)
 
   def beside(self, normed_btd: jax.Array) -> Any:
     """What the shared expert adds, or 0."""
     return self.shared(normed_btd) if getattr(self.config.moe, 'shared_d_ff', 0) else 0
 
   def __call__(
-      self, x_btd: jax.Array, valid_bt: jax.Array | None = None, tokens_bt: jax.Array | None = None
+      self, x_btd: jax.Array, valid_bt: jax.Array | None = None,
+      tokens_bt: jax.Array | None = None, draws: Draws | None = None,
   ) -> tuple[jax.Array, Routing]:
-    normed, routing = self.route(x_btd, valid_bt, tokens_bt)
+    normed, routing = self.route(x_btd, valid_bt, tokens_bt, draws)
     y, routing = self.experts(normed, routing)
     if self.config.moe.router == 'sparsemixer_v1':
       y = y * self.omega.astype(y.dtype)[None, None]

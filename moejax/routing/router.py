@@ -125,8 +125,8 @@ def route(
     draws: recorded random numbers instead of a key.
 
   Raises:
-    UserError: no token ids for router 'hash'; normalised gates for a router whose gates must stay
-      as they are; draws of another shape; in training, a batch that the groups do not divide.
+    UserError: no token ids for router 'hash'; draws of another shape; in training, a batch that
+      the groups do not divide.
   """
   name, k = config.router, config.top_k
   batch, length, _ = logits_bte.shape
@@ -154,11 +154,6 @@ def route(
     )
   if name == 'gshard':
     return gshard.route(logits_bte, **random)
-  if config.normalize_gates:
-    raise UserError(
-        f"moe.normalize_gates = True: the gates of router {name!r} carry its gradient as they are; "
-        "'topk', 'densemixer', 'threshold' and 'hash' can normalise theirs"
-    )
   if name == 'switch':
     return switch.route(logits_bte, **limits)
   if name == 'sampled_gating':

@@ -1,9 +1,11 @@
 """Tiny Hugging Face folders: made by torch and transformers, or (without them) by us."""
 
+import json
+
 import numpy as np
 import pytest
 
-from moejax import tree
+from moejax import safetensors_io, tree
 from moejax.config import EncDecConfig, EncDecMoeConfig
 from moejax.convert import folder as convert
 from moejax.model import Model
@@ -37,3 +39,17 @@ def hf_folder(switch_model, tmp_path):
   """A Switch Transformer as a Hugging Face folder, written without torch."""
   convert.to_hf(switch_model, tmp_path / 'hf')
   return tmp_path / 'hf'
+
+
+@pytest.fixture(scope='session')
+def write_recorded():
+  """Writes recorded tensors whose names start with `kind` as a Hugging Face folder."""
+
+  def write(folder, arrays, config, kind='param/'):
+    folder.mkdir()
+    (folder / 'config.json').write_text(json.dumps(config))
+    tensors = ((k.removeprefix(kind), v) for k, v in arrays.items() if k.startswith(kind))
+    safetensors_io.write_folder(folder, tensors)
+    return folder
+
+  return write

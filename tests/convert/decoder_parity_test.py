@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax import generate
 from moejax.convert import folder as convert
 from moejax.model import apply_fn
 
@@ -204,3 +205,24 @@ def test_grin_files_are_phimoe_by_another_name(tmp_path):
   convert.to_hf(model, tmp_path / 'back')
   back = reload(tmp_path / 'back')
   assert_close(run_ours(model, tokens()).logits_btv, run_torch(back, tokens()).logits)
+
+
+@pytest.mark.parametrize('name', [
+    'phimoe', 'mixtral_window_wide_heads', 'olmoe', 'qwen2_moe_mixed', 'qwen3_moe_yarn', 'llama',
+    'opt',
+])
+def test_greedy_tokens_are_hugging_faces(name, tmp_path):
+  """A batch of unequal prompts of ours, against transformers one by one."""
+  import torch
+  hf = build(name, eos_token_id=2, pad_token_id=0)
+  hf.save_pretrained(tmp_path / 'theirs')
+  model = convert.from_hf(tmp_path / 'theirs')
+  prompts = [row[:n].tolist() for row, n in zip(tokens(3, 11).repeat(2, 0), (4, 11, 7))]
+  made = generate.generate(model, prompts, max_new_tokens=9, stop_ids=(2,))
+  for prompt, ours in zip(prompts, made.rows()):
+    theirs = hf.generate(
+        torch.tensor([prompt]), max_new_tokens=9, do_sample=False, eos_token_id=2,
+        attention_mask=torch.ones((1, len(prompt)), dtype=torch.long),
+    )
+    assert ours == theirs[0, len(prompt):].tolist()
+  assert len({token for row in made.rows() for token in row}) > 3

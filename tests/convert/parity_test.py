@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from moejax import generate
 from moejax.convert import folder as convert
 from moejax.model import Model, apply_fn
 
@@ -285,3 +286,17 @@ def test_the_safetensors_library_reads_what_we_write(tmp_path):
     for name in a.keys():  # noqa: SIM118
       assert np.array_equal(a.get_tensor(name), b.get_tensor(name)), name
   assert back.stat().st_size < theirs.stat().st_size + 60 * len(hf.state_dict())
+
+
+@pytest.mark.parametrize('family, name', [('switch', 'every_second'), ('t5', 'v1_1')])
+def test_greedy_tokens_are_hugging_faces(family, name, tmp_path):
+  """A batch of unequal prompts of ours, against transformers one by one."""
+  import torch
+  hf = build(family, name)
+  hf.save_pretrained(tmp_path / 'theirs')
+  model = convert.from_hf(tmp_path / 'theirs')
+  prompts = [row.tolist() for row in np.split(inputs()[0][0][:9], [2, 6])]
+  made = generate.generate(model, prompts, max_new_tokens=8, stop_ids=(1,))
+  for prompt, ours in zip(prompts, made.rows()):
+    theirs = hf.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False, eos_token_id=1)
+    assert ours == theirs[0, 1:].tolist()

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax import safetensors_io, tree
+from moejax import tree
 from moejax.convert import folder as convert
 from moejax.model import apply_fn
 
@@ -19,16 +19,6 @@ VECTORS = pathlib.Path(__file__).parent.parent / 'vectors' / 'switch'
 def arrays():
   with np.load(VECTORS / 'switch_tiny.npz') as f:
     return dict(f)
-
-
-def write(folder, arrays, kind, **changes):
-  """The recorded parameters (or gradients) as a Hugging Face folder."""
-  folder.mkdir()
-  config = json.loads((VECTORS / 'config.json').read_text()) | changes
-  (folder / 'config.json').write_text(json.dumps(config))
-  tensors = ((k.removeprefix(kind), v) for k, v in arrays.items() if k.startswith(kind))
-  safetensors_io.write_folder(folder, tensors)
-  return folder
 
 
 def hf_aux(routings, stack, batch):
@@ -58,12 +48,13 @@ def forward(config, params, arrays, masked):
 
 
 @pytest.fixture(scope='module')
-def runs(arrays, tmp_path_factory):
+def runs(arrays, tmp_path_factory, write_recorded):
   """Model, outputs and gradients of the three recorded cases."""
   results = {}
   for case, capacity in (('base', 64), ('cap2', 2), ('mask', 64)):
     folder = tmp_path_factory.mktemp('hf') / 'model'
-    model = convert.from_hf(write(folder, arrays, 'param/', expert_capacity=capacity))
+    config = json.loads((VECTORS / 'config.json').read_text()) | {'expert_capacity': capacity}
+    model = convert.from_hf(write_recorded(folder, arrays, config))
     run = jax.jit(lambda p, c=model.config, m=case == 'mask': forward(c, p, arrays, m))
     if case == 'base':
       run = jax.jit(jax.value_and_grad(

@@ -41,8 +41,7 @@ def test_parameters_and_moments_are_sharded_over_data_too(common):
 
 def test_the_seed_gives_the_same_parameters_on_every_mesh(common):
   made = common.setup(common.experiment(mesh__data=2, mesh__expert=2, mesh__tensor=2))
-  config, seed = made.experiment.model, made.experiment.train.seed
-  state = state_lib.init(config, made.optimizer, made.mesh, seed)
+  state = state_lib.init(made.experiment, made.optimizer, made.mesh)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), state.params, made.params)
 
 
