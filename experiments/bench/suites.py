@@ -41,6 +41,10 @@ SUITES: dict[str, tuple[Worker, ...]] = {
         Worker(part='experts', module='experts_jax', needs=_JAX, seconds=110),
         Worker(part='codec', module='codec_jax', needs=_JAX, seconds=40),
     ),
+    'decoder': (
+        Worker(part='decoder', module='decoder_jax', needs=_JAX, seconds=240),
+        Worker(part='decoder', module='decoder_torch', needs=('torch', 'transformers'), seconds=150),
+    ),
 }
 
 

@@ -18,7 +18,7 @@ from moejax import config as config_lib
 from moejax import errors, files, model, sharding, tree
 from moejax.data import batches as batches_lib
 from moejax.nn import aligned
-from moejax.train import checkpoint, inputs, optim, throughput, writers
+from moejax.train import checkpoint, inputs, optim, spikes, throughput, writers
 from moejax.train import state as state_lib
 from moejax.train import step as step_lib
 
@@ -117,9 +117,13 @@ class Log:
 
 
 def check(experiment: config_lib.Experiment) -> None:
-  """Raises UserError for a dtype that training does not know."""
+  """Raises UserError for a dtype or an action that training does not know."""
   train = experiment.train
-  for name, allowed in (('save_dtype', SAVE_DTYPES), ('compute_dtype', step_lib.COMPUTE_DTYPES)):
+  known = {
+      'save_dtype': SAVE_DTYPES, 'compute_dtype': step_lib.COMPUTE_DTYPES,
+      'on_spike': spikes.ACTIONS,
+  }
+  for name, allowed in known.items():
     if getattr(train, name) not in allowed:
       raise errors.UserError(f'train.{name} = {getattr(train, name)!r}: one of {allowed}')
   if experiment.init_from:
@@ -195,6 +199,7 @@ def run(
     )
     log = Log(default_hooks(workdir, first) if hooks is None else hooks, train.steps)
     meter = throughput.make_meter(experiment, data.train, mesh.size)
+    watch = spikes.Watch(train.on_spike, train.spike_nats)
     rate = optim.schedule(experiment.optim, train.steps)
     over = lambda: agreed(should_stop() or 0 < train.max_seconds < time.monotonic() - started)
     stop, placed = begin + train.steps - first, sharding.batch_sharding(mesh)
@@ -202,6 +207,7 @@ def run(
       state, metrics = train_step(state, batch)
       meter.add(metrics)
       step += 1
+      watch.add(step, metrics)
       end = step == train.steps or over()
       if end or due(step, train.log_every):
         extra = {'learning_rate': float(rate(step - 1)), 'epoch': data.train.epoch_of(index + 1)}
@@ -210,7 +216,7 @@ def run(
         log.write('eval', step, evaluate(eval_step, state.params, data.valid, train, mesh))
         meter.reset()
       if end or due(step, train.checkpoint_every):
-        require_finite(metrics, step)
+        watch.settle()
         checkpoints.save(state, step, index + 1)
         meter.reset()
       if end:
@@ -236,16 +242,6 @@ def agreed(answer: bool) -> bool:
 def due(step: int, every: int) -> bool:
   """Whether an interval ends at this step; an interval of 0 never does."""
   return every > 0 and step % every == 0
-
-
-def require_finite(metrics: step_lib.Metrics, step: int) -> None:
-  """Raises UserError for a diverged step, so that no checkpoint ever holds NaN."""
-  loss, norm = float(metrics['loss']), float(metrics['grad_norm'])
-  if not (np.isfinite(loss) and np.isfinite(norm)):
-    raise errors.UserError(
-        f'step {step}: loss {loss}, gradient norm {norm}; lower optim.learning_rate or raise '
-        'optim.warmup_steps and run again: it goes on from the last checkpoint'
-    )
 
 
 def save_model(

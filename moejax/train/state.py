@@ -12,12 +12,14 @@ from moejax import config as config_lib
 from moejax import model, sharding, tree
 from moejax.errors import UserError
 from moejax.nn import stacking
+from moejax.train import spikes
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainState:
-  """step: int32 scalar, optimizer steps done; params: nested dict; opt_state: optax's tree.
+  """step: int32 scalar, optimizer steps done; params: nested dict; opt_state: optax's tree;
+  recent_losses: float32 [w], see `spikes`.
 
   No random key: the key of a step is fold_in(key(seed), step), so a resumed run is the same run.
   """
@@ -25,11 +27,15 @@ class TrainState:
   step: jax.Array
   params: Any
   opt_state: Any
+  recent_losses: jax.Array
 
 
 def create(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
   """The state before the first step."""
-  return TrainState(step=jnp.int32(0), params=params, opt_state=optimizer.init(params))
+  return TrainState(
+      step=jnp.int32(0), params=params, opt_state=optimizer.init(params),
+      recent_losses=spikes.no_losses(),
+  )
 
 
 def stacks(experiment: config_lib.Experiment) -> bool:

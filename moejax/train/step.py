@@ -15,6 +15,7 @@ from moejax.routing import estimators
 from moejax.routing import losses as losses_lib
 from moejax.routing import metrics as metrics_lib
 from moejax.routing.types import Routing
+from moejax.train import spikes
 from moejax.train import state as state_lib
 
 Batch = Mapping[str, jax.Array]
@@ -215,16 +216,28 @@ def train_step(
     batch: Batch,
     mesh: Mesh | None = None,
 ) -> tuple[state_lib.TrainState, Metrics]:
-  """One optimizer step; its key is fold_in(key(train.seed), step)."""
+  """One optimizer step; its key is fold_in(key(train.seed), step).
+
+  With `train.on_spike` 'skip' a bad step (see `spikes`) changes nothing but the counter.
+  """
   key = jax.random.fold_in(jax.random.key(experiment.train.seed), state.step)
   grads, metrics = gradients(experiment, state.params, batch, key, mesh)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   metrics = _finish_routing(metrics)
   metrics['grad_norm'] = optax.tree.norm(grads)
+  loss, train = metrics['cross_entropy'], experiment.train
+  bad = spikes.is_bad(loss, metrics['grad_norm'], state.recent_losses, train.spike_nats)
+  if train.on_spike == 'skip':
+    keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(bad, b, a), new, old)
+    params, opt_state = keep(params, state.params), keep(opt_state, state.opt_state)
+  metrics['bad_steps'] = bad.astype(jnp.float32)
   metrics['param_norm'] = optax.tree.norm(params)
   metrics['tokens'] = count_tokens(batch, experiment.model)
-  new = state_lib.TrainState(step=state.step + 1, params=params, opt_state=opt_state)
+  new = state_lib.TrainState(
+      step=state.step + 1, params=params, opt_state=opt_state,
+      recent_losses=spikes.remember(state.recent_losses, loss, bad),
+  )
   return new, metrics
 
 
