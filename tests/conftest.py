@@ -58,7 +58,23 @@ def pytest_configure(config):
   config.addinivalue_line('markers', 'torch: needs torch and transformers')
 
 
+# Files that take longest go first, so that no worker is left alone with one at the end.
+_LONG = (
+    'demo_test', 'processes_test', 'decoder_mesh_test', 'loop_test', 'compress/memory_test',
+    'bench_test', 'driver_test', 'notebook_test', 'generate_test', 'step_test', 'model_test',
+    'decoder_test', 'compressed_mesh_test', 'convert/memory_test', 'wheel_test',
+)
+
+
 def pytest_collection_modifyitems(items):
+  rank = {name: i for i, name in enumerate(_LONG)}
+
+  def place(item):
+    path = item.path.with_suffix('')
+    names = (path.name, f'{path.parent.name}/{path.name}')
+    return min(rank.get(name, len(_LONG)) for name in names)
+
+  items.sort(key=place)
   if _HAS_TORCH:
     return
   for item in items:

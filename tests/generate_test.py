@@ -97,7 +97,9 @@ def test_rows_stop_on_their_own(model):
   assert (made.tokens[np.arange(8)[None] >= made.lengths[:, None]] == 0).all()
 
 
-def test_sampling_follows_the_key_and_the_logits(model):
+@pytest.mark.parametrize('name', ['mixtral', 'switch'])
+def test_sampling_follows_the_key_and_the_logits(name):
+  model = Model.init(MODELS[name], jax.random.key(3))
   draw = lambda seed, **kw: gen.generate(
       model, PROMPTS, max_new_tokens=6, stop_ids=(), key=jax.random.key(seed),
       sampling=gen.Sampling(temperature=2.0, **kw),

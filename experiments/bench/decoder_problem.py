@@ -1,4 +1,4 @@
-"""The Phi-MoE that both sides load: random weights in a Hugging Face folder, its batches, its cases."""
+"""The Phi-MoE that both sides load, random weights in a Hugging Face folder, and its batches."""
 
 import json
 import pathlib
@@ -43,7 +43,8 @@ def tensors(values: dict[str, Any]) -> dict[str, np.ndarray]:
     result[name] = rng.standard_normal(shape, np.float32) * np.float32(scale)
 
   def norm(name: str) -> None:
-    result[f'{name}.weight'], result[f'{name}.bias'] = np.ones(d, np.float32), np.zeros(d, np.float32)
+    result[f'{name}.weight'] = np.ones(d, np.float32)
+    result[f'{name}.bias'] = np.zeros(d, np.float32)
 
   add('model.embed_tokens.weight', v, d)
   for i in range(values['num_hidden_layers']):

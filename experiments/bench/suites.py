@@ -43,7 +43,9 @@ SUITES: dict[str, tuple[Worker, ...]] = {
     ),
     'decoder': (
         Worker(part='decoder', module='decoder_jax', needs=_JAX, seconds=240),
-        Worker(part='decoder', module='decoder_torch', needs=('torch', 'transformers'), seconds=150),
+        Worker(
+            part='decoder', module='decoder_torch', needs=('torch', 'transformers'), seconds=150
+        ),
     ),
 }
 

@@ -285,7 +285,12 @@ def check_fits(experiment: config_lib.Experiment, mesh: Mesh) -> None:
     raise errors.UserError(
         f'mesh.pipeline = {stages} needs stacked layers: set train.scan_layers = true'
     )
-  model_config = experiment.model
+  model_config, length = experiment.model, experiment.data.sequence_length
+  if isinstance(model_config, config_lib.DecoderConfig) and length > model_config.max_positions:
+    raise errors.UserError(
+        f'data.sequence_length = {length} is over the context of the model: raise '
+        f'model.max_positions = {model_config.max_positions}'
+    )
   if stages > 1 and isinstance(model_config, config_lib.DecoderConfig):
     blocks.check_pipeline(model_config, stages, size // parts, micro)
   experts = 0 if model_config.moe is None else model_config.moe.num_experts

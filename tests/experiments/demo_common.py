@@ -25,7 +25,10 @@ VOCAB = 400
 def environment() -> dict[str, str]:
   """One device for processes of their own."""
   flags = re.sub(r'--xla_force_host_platform_device_count=\d+', '', os.environ['XLA_FLAGS'])
-  return {**os.environ, 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'}
+  return {
+      **os.environ, 'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu',
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+  }
 
 
 def speech(seed: int, words: int = 900) -> str:

@@ -28,9 +28,9 @@ def test_bad_steps_by_hand():
 @pytest.mark.parametrize('action', spikes.ACTIONS)
 def test_a_step_that_is_skipped_changes_nothing_but_the_counter(common, action):
   made = common.setup(common.experiment(train__on_spike=action))
-  low = jnp.zeros(spikes.WINDOW)
-  state = dataclasses.replace(made.fresh(), recent_losses=low)
-  before = jax.device_get((state.params, state.opt_state))
+  low = np.zeros(spikes.WINDOW, np.float32)
+  state = dataclasses.replace(made.fresh(), recent_losses=jnp.array(low))
+  before = jax.tree.map(np.array, (state.params, state.opt_state))  # the step takes the buffers
   new, metrics = made.step(state, made.batch(0))
   assert metrics['bad_steps'] == 1 and metrics['cross_entropy'] > 2 and new.step == 1
   after = jax.device_get((new.params, new.opt_state))
