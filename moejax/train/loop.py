@@ -111,6 +111,10 @@ class Log:
     for hook in self._hooks:
       hook(record)
 
+  def evaluated(self) -> dict[str, float]:
+    """The scalars of the last evaluation, as 'eval_...'."""
+    return {f'eval_{n}': float(v) for n, v in self.last['eval'].items() if '/' not in n}
+
   def close(self) -> None:
     for hook in self._hooks:
       getattr(hook, 'close', lambda: None)()
@@ -163,11 +167,8 @@ def run(
     hooks: called with every `writers.Record`; None: terminal, JSON lines and TensorBoard.
     should_stop: asked after each step; True saves a checkpoint and ends the run early.
 
-  Returns:
-    {'step', 'finished', 'model', and the last evaluation's scalars as 'eval_...'}.
-
-  Raises:
-    UserError: anything in the config, the texts or the workdir that a user can mend.
+  Returns {'step', 'finished', 'model', and the last evaluation's scalars as 'eval_...'}; raises
+  UserError for anything in the config, the texts or the workdir that a user can mend.
   """
   train, started = experiment.train, time.monotonic()
 
@@ -189,8 +190,7 @@ def run(
     if jax.process_index() == 0:
       files.write_json(workdir / 'config.json', config_lib.to_json(experiment))
     first = step = int(state.step)
-    say(f'model: {tree.count(state.params):,} parameters on {mesh.size} '
-        f'{jax.devices()[0].platform} device(s)')
+    say(f'model: {tree.count(state.params):,} parameters on {mesh.size} device(s)')
 
     # --- Steps
     train_step = step_lib.jit_train_step(experiment, optimizer, mesh, places)
@@ -226,9 +226,9 @@ def run(
   log.close()
   save_model(experiment, state, workdir)
   say(f'step {step}: model in {workdir / "model"}')
-  scalars = {f'eval_{n}': float(v) for n, v in log.last['eval'].items() if '/' not in n}
   return {
-      'step': step, 'finished': step >= train.steps, 'model': str(workdir / 'model'), **scalars
+      'step': step, 'finished': step >= train.steps, 'model': str(workdir / 'model'),
+      **log.evaluated(),
   }
 
 
