@@ -178,6 +178,17 @@ def _carry(state, m, start, *, done, ahead):
   return jax.lax.dynamic_update_slice_in_dim(state, target, start + done, axis=1)
 
 
+def _halves(state, fixed, start, size, block_size):
+  """Sweeps the first half of inputs start..start+size, carries it to the rest, sweeps the rest."""
+  if size <= block_size:
+    return _block(*state, *fixed, start, size=size)
+  blocks = -(-size // block_size)
+  left = (1 << (blocks - 1).bit_length() - 1) * block_size
+  carried, symbols, error = _halves(state, fixed, start, left, block_size)
+  carried = _carry(carried, fixed[1], start, done=left, ahead=size - left)
+  return _halves((carried, symbols, error), fixed, start + left, size - left, block_size)
+
+
 def sweep_factored(
     w_edf: jax.Array, r_edd: jax.Array, grid: grids_core.Grid, *, block_size: int = 128
 ) -> tuple[jax.Array, jax.Array]:
@@ -193,17 +204,7 @@ def sweep_factored(
   state = jnp.array(w, copy=True)
   symbols = jnp.zeros(w.shape, jnp.int8)
   error = jnp.zeros((w.shape[0], w.shape[2]), jnp.float32)
-
-  def recurse(state, symbols, error, start, size):
-    if size <= block_size:
-      return _block(state, symbols, error, w, m, diag, grid, start, size=size)
-    blocks = -(-size // block_size)
-    left = (1 << (blocks - 1).bit_length() - 1) * block_size
-    state, symbols, error = recurse(state, symbols, error, start, left)
-    state = _carry(state, m, start, done=left, ahead=size - left)
-    return recurse(state, symbols, error, start + left, size - left)
-
-  _, symbols, error = recurse(state, symbols, error, 0, inputs)
+  _, symbols, error = _halves((state, symbols, error), (w, m, diag, grid), 0, inputs, block_size)
   return symbols, error
 
 

@@ -1,5 +1,6 @@
 """Grids, Hessians and GPTQ against the arrays of QMoE's published code, and GPTQ's inequality."""
 
+import gc
 from pathlib import Path
 
 import jax
@@ -177,3 +178,17 @@ def test_block_and_width_do_not_matter():
 def test_shapes_that_do_not_fit_are_named(w, h):
   with pytest.raises(UserError, match=r'\[e, d, f\] and \[e, d, d\]'):
     gptq_core.gptq(jnp.ones(w), jnp.ones(h), 'ternary')
+
+
+def test_nothing_outlives_a_sweep():
+  """Weights and factors are freed at once, not when Python next looks for cycles."""
+  w, h = jnp.ones((2, 24, 8)), jnp.broadcast_to(jnp.eye(24), (2, 24, 24))
+  gptq_core.gptq(w, h, 'ternary', block_size=8)
+  gc.collect()
+  gc.disable()
+  try:
+    before = len(jax.live_arrays())
+    gptq_core.gptq(w, h, 'ternary', block_size=8)
+    assert len(jax.live_arrays()) == before
+  finally:
+    gc.enable()

@@ -13,6 +13,10 @@ from moejax.config import EncDecConfig, EncDecMoeConfig
 from moejax.model import abstract_params
 
 ROOT = Path(__file__).parents[2]
+# glibc gives freed blocks back at once, so that resident bytes are those in use.
+_MALLOC = {
+    'MALLOC_ARENA_MAX': '1', 'MALLOC_MMAP_THRESHOLD_': '65536', 'MALLOC_TRIM_THRESHOLD_': '65536'
+}
 _RUN = '''
 import resource, sys
 import numpy as np
@@ -43,7 +47,7 @@ def peak_bytes(tmp_path, layers):
   code = _RUN.format(model=str(model), out=str(tmp_path / f'out_{layers}'))
   done = subprocess.run(
       [sys.executable, '-c', code], capture_output=True, text=True, check=True, cwd=ROOT,
-      env={**os.environ, 'XLA_FLAGS': ''},
+      env={**os.environ, **_MALLOC},
   )
   written = store.Source(tmp_path / f'out_{layers}')
   assert sum('/experts/' in path for path in written.paths()) == 2 * layers
@@ -53,4 +57,4 @@ def peak_bytes(tmp_path, layers):
 def test_peak_memory_is_independent_of_layers(tmp_path):
   few, many = peak_bytes(tmp_path, 2), peak_bytes(tmp_path, 12)
   experts_of_ten_layers = 10 * 2 * 32 * 128 * 512 * jnp.dtype(jnp.float32).itemsize
-  assert many - few < 0.2 * experts_of_ten_layers, (few, many)
+  assert many - few < 0.1 * experts_of_ten_layers, (few, many)
