@@ -30,6 +30,7 @@ def read_config(fields: Fields) -> DecoderConfig:
       router_aux_loss_coef=decoder.number(fields, 'router_aux_loss_coef', 0.001),
       expert_dropout_rate=decoder.number(fields, 'expert_dropout', 0.0), balance='pooled',
   )
+  fields.require('hidden_dropout', 0.0, None)
   bias = fields.take('attention_bias', False, bool)
   head_bias = fields.take('lm_head_bias', False, bool)
   window = fields.take('sliding_window', None, int, type(None))

@@ -37,7 +37,7 @@ def longrope():
       'short_factor': arrays()['longrope_short_factor'].tolist(),
       'long_factor': arrays()['longrope_long_factor'].tolist(),
       'short_mscale': 1.1, 'long_mscale': 1.3,
-  }, 'rope_theta': 10000.0}
+  }, 'rope_theta': 10000.0, 'hidden_dropout': 0.0}
 
 
 @functools.cache
