@@ -64,7 +64,7 @@ def join() -> None:
     found = 'Slurm'
   elif on_tpu_vm():
     found = 'this TPU VM'
-  if not (_DISTRIBUTED.value or found or address):
+  if not (_DISTRIBUTED.value or found or address or count is not None or own is not None):
     return
   if count is not None and own is not None and own >= count:
     raise UserError(f'process {own} of {count}: the first one is 0, the last one {count - 1}')

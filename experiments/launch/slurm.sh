@@ -4,6 +4,7 @@
 #   sbatch --nodes=4 --gpus-per-node=8 experiments/launch/slurm.sh \
 #     --config configs/grin_tiny.py --workdir /shared/runs/grin --set mesh.data=32
 #
+# .venv needs JAX for the GPUs, installed once: pip install -r requirements.txt 'jax[cuda13]'.
 # Everything after the script's name goes to experiments.train. The working folder, its .venv and
 # --workdir must be on a file system that all nodes share. Five minutes before the time limit the
 # run is told to write a checkpoint; then the job is queued again and goes on from it.

@@ -22,5 +22,5 @@ gcloud compute tpus tpu-vm scp "$tree" "$TPU:moejax.tar.gz" --zone "$ZONE" --wor
 quoted=$(printf ' %q' "$@")
 ssh_all "set -e; mkdir -p moejax; tar -xzf moejax.tar.gz -C moejax; cd moejax
   make PYTHON=\${PYTHON:-python3} VENV=.venv .venv/.installed
-  .venv/bin/python -m pip install --quiet 'jax[tpu]'
+  .venv/bin/python -m pip install --quiet -r requirements.txt 'jax[tpu]'
   .venv/bin/python -m experiments.train$quoted"

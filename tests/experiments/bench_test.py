@@ -235,7 +235,8 @@ def test_the_decoder_suite_compares_equal_models():
   """transformers and ours load one folder: the same logits, the same greedy tokens."""
   done = bench('--suite', 'decoder', '--quick', '--rounds', '1')
   assert done.returncode == 0, done.stderr
-  lines = [line for line in done.stdout.splitlines() if 'moejax' in line or 'transformers' in line]
-  compared = 'transformers' in ' '.join(lines)
+  compared = 'transformers' in done.stdout
   assert 'not the same work' not in done.stdout
-  assert compared == all(importlib.util.find_spec(n) for n in ('torch', 'transformers'))
+  assert compared != ('left out: decoder_torch' in done.stderr)
+  if all(importlib.util.find_spec(name) for name in ('torch', 'transformers')):
+    assert compared
