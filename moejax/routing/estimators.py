@@ -9,6 +9,7 @@ sparse one, and only the logits learn from the experts that were not chosen. In 
 have k columns.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -81,6 +82,26 @@ def _dense(
   )
 
 
+def _dense_sampled(
+    logits_bte: jax.Array,
+    k: int,
+    slope: Callable[[stages_lib.Stage, jax.Array], jax.Array],
+    key: jax.Array | None,
+    draws: draws_lib.Draws | None,
+    **limits: Any,
+) -> Routing:
+  """Samples and has each stage add probs * slope(stage, logits) to every expert's gate."""
+  logits_me = logits_bte.reshape(-1, logits_bte.shape[-1])
+  draws = draws_lib.resolve(key, draws, k, logits_me)
+  if draws is None:
+    return sampled_gating(logits_bte, k, **limits)
+  steps = stages_lib.choose(logits_me, k, draws=draws)
+  carrier_me = jnp.zeros_like(logits_me)
+  for step in steps:
+    carrier_me += step.probs_me * slope(step, logits_me)
+  return _dense(logits_bte, steps, carrier_me, limits)
+
+
 def straight_through(
     logits_bte: jax.Array,
     k: int,
@@ -105,16 +126,13 @@ def straight_through(
   Raises:
     UserError: draws of another shape; k not between 1 and the number of experts.
   """
-  logits_me = logits_bte.reshape(-1, logits_bte.shape[-1])
-  draws = draws_lib.resolve(key, draws, k, logits_me)
-  limits: dict[str, Any] = dict(capacity=capacity, valid_bt=valid_bt, groups=groups)
-  if draws is None:
-    return sampled_gating(logits_bte, k, **limits)
-  steps = stages_lib.choose(logits_me, k, draws=draws)
-  carrier_me = jnp.zeros_like(logits_me)
-  for step in steps:
-    carrier_me += step.probs_me * gradients.slope(step.probs_me, logits_me)
-  return _dense(logits_bte, steps, carrier_me, limits)
+
+  def slope(step, logits_me):
+    return gradients.slope(step.probs_me, logits_me)
+
+  return _dense_sampled(
+      logits_bte, k, slope, key, draws, capacity=capacity, valid_bt=valid_bt, groups=groups
+  )
 
 
 def reinmax(
@@ -141,20 +159,16 @@ def reinmax(
   Raises:
     UserError: draws of another shape; k not between 1 and the number of experts.
   """
-  logits_me = logits_bte.reshape(-1, logits_bte.shape[-1])
-  draws = draws_lib.resolve(key, draws, k, logits_me)
-  limits: dict[str, Any] = dict(capacity=capacity, valid_bt=valid_bt, groups=groups)
-  if draws is None:
-    return sampled_gating(logits_bte, k, **limits)
-  steps = stages_lib.choose(logits_me, k, draws=draws)
-  carrier_me = jnp.zeros_like(logits_me)
-  for step in steps:
+
+  def slope(step, logits_me):
     onehot_me = jax.nn.one_hot(step.choice_m, logits_me.shape[-1], dtype=logits_me.dtype)
     middle_me = (step.probs_me + onehot_me) / 2
     slope_me = 2 * gradients.slope(middle_me, logits_me)
-    slope_me -= gradients.slope(step.probs_me, logits_me) / 2
-    carrier_me += step.probs_me * slope_me
-  return _dense(logits_bte, steps, carrier_me, limits)
+    return slope_me - gradients.slope(step.probs_me, logits_me) / 2
+
+  return _dense_sampled(
+      logits_bte, k, slope, key, draws, capacity=capacity, valid_bt=valid_bt, groups=groups
+  )
 
 
 def reinforce(
