@@ -21,11 +21,12 @@ lint: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m experiments.bench --suite foundation
 
-# Hours: trains the demo's checkpoint from nothing, measures it, and runs every bench.
+# Hours: trains the demo's checkpoint from nothing, measures it, runs the bench, compares router gradients.
 evidence: $(VENV)/.installed-test
 	$(BIN)/python -m experiments.train --config configs/sotu_switch16.py --workdir runs/sotu
 	$(BIN)/python -m experiments.bench --suite foundation \
 	  --out experiments/evidence/foundation_cpu.json --markdown experiments/BENCHMARKS.md
+	$(BIN)/python -m experiments.estimators --out experiments/evidence/estimators
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
