@@ -137,11 +137,14 @@ def constrain_batch(x: jax.Array, mesh: Mesh | None) -> jax.Array:
 
 
 def manual(fn: Any, mesh: Mesh, *, in_specs: Any, out_specs: Any, axes: Sequence[str] = ()) -> Any:
-  """`jax.shard_map` over some mesh axes (default: all but pipeline), also inside another one."""
-  names = set(axes or AXES[1:])
+  """`jax.shard_map` over some mesh axes, also inside another one.
+
+  By default over all that are left: a kernel may run only where no axis is partitioned for it.
+  """
+  here = _here(mesh)
+  names = set(axes) or set(AXES) - set(here.manual_axes)
   return jax.shard_map(
-      fn, mesh=_here(mesh), in_specs=in_specs, out_specs=out_specs, axis_names=names,
-      check_vma=False,
+      fn, mesh=here, in_specs=in_specs, out_specs=out_specs, axis_names=names, check_vma=False
   )
 
 

@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.grouped_matmul import ref as grouped
 from kernels_pallas.subbit_matmul import api as subbit
 from moejax import weights
 from moejax.codec import ternary_jax
-from moejax.ops import expert_dot, grouped
+from moejax.ops import expert_dot
 
 
 @jax.custom_vjp

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas.grouped_matmul import ref as grouped
 from moejax.ops import expert_dot as expert_dot_lib
-from moejax.ops import ffn, grouped
+from moejax.ops import ffn
 from moejax.routing import dispatch
 
 SIZES = [

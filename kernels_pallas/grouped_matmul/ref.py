@@ -15,12 +15,11 @@ LARGE_ROWS = 256
 SMALL_ROWS = 32
 
 
-def row_buckets(rows: int) -> tuple[int, int]:
-  """Rows of the large and the small block for an input of `rows` rows."""
-  if rows <= SMALL_ROWS:
-    small = 1 << max(rows - 1, 0).bit_length() if rows < 8 else 8
-    return SMALL_ROWS, small
-  return LARGE_ROWS, SMALL_ROWS
+def row_buckets(rows: int) -> tuple[int, ...]:
+  """Static block sizes for an input of `rows` rows, falling, without one that no group fills."""
+  if rows < SMALL_ROWS:
+    return (min(8, 1 << max(rows - 1, 0).bit_length()),)
+  return (SMALL_ROWS,) if rows < LARGE_ROWS else (LARGE_ROWS, SMALL_ROWS)
 
 
 def loop_over_experts(
@@ -40,24 +39,24 @@ def loop_over_experts(
 
 
 def loop_over_blocks(
-    start: jax.Array, rows: jax.Array, buckets: tuple[int, int],
+    start: jax.Array, rows: jax.Array, buckets: tuple[int, ...],
     body: Callable[[jax.Array, jax.Array, int, Any], Any], carry: Any,
 ) -> Any:
   """Folds body(first_row, rows_left, static_size, carry) over one expert's rows.
 
-  Full large blocks first, then small ones; only the last small block may reach past the rows.
+  Full blocks of the larger sizes first; only the last block of all may reach past the rows.
   """
-  large, small = buckets
-  full = rows // large
-  carry = jax.lax.fori_loop(
-      0, full, lambda j, c: body(start + j * large, rows - j * large, large, c), carry
-  )
-  done = full * large
-  return jax.lax.fori_loop(
-      0, (rows - done + small - 1) // small,
-      lambda j, c: body(start + done + j * small, rows - done - j * small, small, c),
-      carry,
-  )
+  done: Any = 0
+  for size in buckets:
+    left, begin = rows - done, start + done
+    count = (left + size - 1) // size if size == buckets[-1] else left // size
+
+    def block(j, c, left=left, begin=begin, size=size):
+      return body(begin + j * size, left - j * size, size, c)
+
+    carry = jax.lax.fori_loop(0, count, block, carry)
+    done += count * size
+  return carry
 
 
 def grouped_matmul(
@@ -100,10 +99,18 @@ def grouped_matmul(
   return jnp.where((jnp.arange(m) < group_sizes_e.sum())[:, None], y, jnp.zeros((), y.dtype))
 
 
-def grouped_outer(
-    x_md: jax.Array, dy_mf: jax.Array, group_sizes_e: jax.Array, dtype: Any
+def product(
+    x_md: jax.Array, w_edf: jax.Array, group_sizes_e: jax.Array, *, transpose: bool = False
 ) -> jax.Array:
-  """dw[e] = x[rows of e]^T dy[rows of e], [e, d, f]: the weight gradient of `grouped_matmul`."""
+  """See `api.product`."""
+  pick = lambda e: jax.lax.dynamic_index_in_dim(w_edf, e, 0, keepdims=False)
+  return grouped_matmul(
+      x_md, pick, group_sizes_e, w_edf.shape[1 if transpose else 2], transpose=transpose
+  )
+
+
+def outer(x_md: jax.Array, dy_mf: jax.Array, group_sizes_e: jax.Array, dtype: Any) -> jax.Array:
+  """See `api.outer`."""
   m, d = x_md.shape
   f = dy_mf.shape[1]
   buckets = row_buckets(m)

@@ -1,0 +1,49 @@
+"""The entry to the grouped products: picks an implementation by platform, states its cost."""
+
+from typing import Any, NamedTuple
+
+import jax
+
+from kernels_pallas.grouped_matmul import gpu, ref, tpu
+
+
+class Cost(NamedTuple):
+  """Bytes read and written and operations of one product."""
+
+  bytes_moved: float
+  flops: float
+
+
+def product(
+    x_md: jax.Array, w_edf: jax.Array, group_sizes_e: jax.Array, *, transpose: bool = False
+) -> jax.Array:
+  """y[rows of e] = x[rows of e] w[e], [m, f] in x's dtype, accumulated in float32.
+
+  With `transpose` w is [e, f, d] and y = x w[e]^T. Rows past the sum of the sizes give 0.
+  """
+  return jax.lax.platform_dependent(
+      x_md, w_edf, group_sizes_e,
+      cpu=lambda x, w, sizes: ref.product(x, w, sizes, transpose=transpose),
+      tpu=lambda x, w, sizes: tpu.product(x, w, sizes, transpose=transpose),
+      default=lambda x, w, sizes: gpu.product(x, w, sizes, transpose=transpose),
+  )
+
+
+def outer(x_md: jax.Array, dy_mf: jax.Array, group_sizes_e: jax.Array, dtype: Any) -> jax.Array:
+  """dw[e] = x[rows of e]^T dy[rows of e], [e, d, f] in `dtype`, accumulated in float32."""
+  return jax.lax.platform_dependent(
+      x_md, dy_mf, group_sizes_e,
+      cpu=lambda x, dy, sizes: ref.outer(x, dy, sizes, dtype),
+      tpu=lambda x, dy, sizes: tpu.outer(x, dy, sizes, dtype),
+      default=lambda x, dy, sizes: gpu.outer(x, dy, sizes, dtype),
+  )
+
+
+def cost(m: int, d: int, f: int, active_groups: int, itemsize: int) -> Cost:
+  """What one product moves and does, whatever the number of groups without rows.
+
+  flops = 2 m d f; bytes = itemsize (m d + active d f + m f).
+  """
+  return Cost(
+      bytes_moved=itemsize * (m * d + active_groups * d * f + m * f), flops=2.0 * m * d * f
+  )

@@ -1,0 +1,42 @@
+"""Shapes that every implementation of the grouped products is checked on."""
+
+from typing import NamedTuple
+
+
+class Case(NamedTuple):
+  """Rows of each group, rows that belong to none, and the widths."""
+
+  name: str
+  sizes: tuple[int, ...]
+  outside: int
+  d: int
+  f: int
+
+
+CHECKED: tuple[Case, ...] = (
+    Case('one_row', (0, 1), 0, 24, 40),
+    Case('no_rows', (0, 0, 0), 9, 24, 40),
+    Case('empty_groups', (3, 0, 5, 1), 7, 24, 40),
+    Case('all_on_one', (600, 0, 0, 0), 0, 128, 128),
+    Case('all_on_the_last', (0, 0, 0, 300), 5, 128, 256),
+    Case('tails', (257, 31, 33, 300), 19, 136, 200),
+    Case('whole_tiles', (128, 256, 128), 0, 128, 128),
+)
+
+
+class Wide(NamedTuple):
+  """A layer worth compiling and timing: m rows over e groups, d to f."""
+
+  name: str
+  m: int
+  e: int
+  d: int
+  f: int
+
+
+WIDE: tuple[Wide, ...] = (
+    Wide('grin_up', 8192, 16, 4096, 6400),
+    Wide('grin_down', 8192, 16, 6400, 4096),
+    Wide('switch_base', 4096, 128, 768, 3072),
+    Wide('switch_c', 2048, 64, 2080, 6144),
+)

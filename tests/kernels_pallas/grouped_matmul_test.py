@@ -1,0 +1,134 @@
+"""The grouped products against float64 on every case, by every implementation that runs here."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.grouped_matmul import api, cases, gpu, ref, tpu, vjp
+
+
+def interpreted(function):
+  return lambda *args, **kwargs: function(*args, **kwargs, interpret=True)
+
+
+PRODUCTS = {'ref': ref.product, 'tpu': interpreted(tpu.product), 'gpu': gpu.product}
+OUTERS = {'ref': ref.outer, 'tpu': interpreted(tpu.outer), 'gpu': gpu.outer}
+CASES = pytest.mark.parametrize('case', cases.CHECKED, ids=lambda c: c.name)
+
+
+def operands(case, dtype=np.float32):
+  rng = np.random.default_rng(len(case.name))
+  rows = sum(case.sizes) + case.outside
+  normal = lambda *shape: jnp.asarray(rng.normal(size=shape), dtype)
+  x = normal(rows, case.d).at[sum(case.sizes):].set(jnp.nan)
+  w = normal(len(case.sizes), case.d, case.f)
+  return x, w, normal(rows, case.f), jnp.array(case.sizes, jnp.int32)
+
+
+def by_group(case):
+  ends = np.cumsum(case.sizes)
+  return [slice(end - size, end) for end, size in zip(ends, case.sizes)]
+
+
+def product64(case, x, w):
+  y = np.zeros((x.shape[0], w.shape[2]))
+  for rows, w_df in zip(by_group(case), np.float64(w)):
+    y[rows] = np.float64(x)[rows] @ w_df
+  return y
+
+
+@CASES
+@pytest.mark.parametrize('name', PRODUCTS)
+def test_product(name, case):
+  x, w, dy, sizes = operands(case)
+  y = PRODUCTS[name](jnp.nan_to_num(x), w, sizes)
+  np.testing.assert_allclose(y, product64(case, np.nan_to_num(x), w), atol=2e-4)
+  transposed = PRODUCTS[name](dy, w, sizes, transpose=True)
+  np.testing.assert_allclose(
+      transposed, product64(case, dy, np.swapaxes(w, 1, 2)), atol=2e-4
+  )
+
+
+@CASES
+@pytest.mark.parametrize('name', OUTERS)
+def test_outer(name, case):
+  x, _, dy, sizes = operands(case)
+  x = jnp.nan_to_num(x)
+  dw = OUTERS[name](x, dy, sizes, jnp.float32)
+  expected = [np.float64(x)[rows].T @ np.float64(dy)[rows] for rows in by_group(case)]
+  np.testing.assert_allclose(dw, np.stack(expected), atol=5e-4)
+
+
+@pytest.mark.parametrize('name', ('ref', 'tpu'))
+def test_rows_that_belong_to_no_group_do_not_matter(name):
+  case = next(c for c in cases.CHECKED if c.name == 'tails')
+  x, w, dy, sizes = operands(case)
+  assert np.isnan(x).any()
+  assert np.isfinite(PRODUCTS[name](x, w, sizes)).all()
+  assert np.isfinite(OUTERS[name](x, dy, sizes, jnp.float32)).all()
+
+
+@pytest.mark.parametrize('name', PRODUCTS)
+def test_bfloat16_is_summed_in_float32(name):
+  case = cases.Case('deep', (40, 24), 0, 2048, 128)
+  x, w, _, sizes = operands(case, jnp.bfloat16)
+  y = PRODUCTS[name](x, w, sizes)
+  assert y.dtype == jnp.bfloat16
+  exact = product64(case, x, w)
+  assert np.abs(np.float64(y) - exact).max() <= 2.0**-8 * np.abs(exact).max()
+
+
+def test_float16_runs_where_the_kernel_knows_only_bfloat16_and_float32():
+  case = cases.Case('half', (5, 3), 0, 16, 24)
+  x, w, _, sizes = operands(case, jnp.float16)
+  y = PRODUCTS['tpu'](x, w, sizes)
+  assert y.dtype == jnp.float16
+  np.testing.assert_allclose(y, product64(case, x, w), atol=2e-2)
+
+
+@pytest.mark.parametrize('size,limit,expected', [
+    (24, 1024, 24), (1024, 1024, 1024), (6400, 1024, 640), (2080, 1024, 1024), (3072, 512, 512),
+])
+def test_tiles_divide_an_axis_where_wide_ones_do(size, limit, expected):
+  assert tpu.tile(size, limit) == expected
+
+
+def test_row_tiles_follow_the_mean_share_of_a_group():
+  assert [tpu.row_tile(m, 16) for m in (16, 4096, 8192, 65536)] == [128, 256, 512, 512]
+
+
+def structs(case, dtype):
+  rows, e = sum(case.sizes) + case.outside, len(case.sizes)
+  return (
+      jax.ShapeDtypeStruct((rows, case.d), dtype), jax.ShapeDtypeStruct((e, case.d, case.f), dtype),
+      jax.ShapeDtypeStruct((e,), jnp.int32),
+  )
+
+
+def forward_and_gradients(x, w, sizes):
+  y, pull = jax.vjp(lambda x, w: vjp.grouped_matmul(x, w, sizes), x, w)
+  return y, pull(y)
+
+
+def test_a_tpu_gets_mosaic_kernels_and_nothing_ragged():
+  traced = jax.jit(forward_and_gradients).trace(*structs(cases.CHECKED[-1], jnp.bfloat16))
+  text = traced.lower(lowering_platforms=('tpu',)).as_text()
+  assert text.count('tpu_custom_call') == 3
+  assert 'ragged' not in text
+
+
+def test_the_hopper_kernel_lowers_and_names_what_it_cannot_take():
+  case = cases.Case('hopper', (100, 0, 28), 0, 128, 256)
+  traced = jax.jit(gpu.mosaic_product).trace(*structs(case, jnp.bfloat16))
+  assert 'mosaic_gpu' in traced.lower(lowering_platforms=('cuda',)).as_text()
+  with pytest.raises(ValueError, match='float32'):
+    jax.eval_shape(gpu.mosaic_product, *structs(case, jnp.float32))
+  with pytest.raises(ValueError, match='d = 24'):
+    jax.eval_shape(gpu.mosaic_product, *structs(cases.CHECKED[2], jnp.bfloat16))
+
+
+def test_the_cost_counts_tokens_not_groups():
+  few, many = (api.cost(100, 64, 32, active, 2) for active in (1, 50))
+  assert few.flops == many.flops == 2 * 100 * 64 * 32
+  assert few.bytes_moved == 2 * (100 * 64 + 64 * 32 + 100 * 32)
