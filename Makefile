@@ -4,6 +4,7 @@ PYTHON ?= python3
 VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 PYTEST_FLAGS ?=
+TPU := experiments/pods/requirements.txt
 
 .PHONY: demo test lint bench evidence clean
 
@@ -11,7 +12,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m experiments.demo
 
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -q --durations=15 $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -q --durations=15 $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check moejax kernels_pallas configs experiments tests
@@ -21,12 +22,14 @@ lint: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m experiments.bench --suite foundation
 
-# Hours: trains the demo's checkpoint from nothing, measures it, runs the bench, compares router gradients.
+# Hours: trains the demo's checkpoint from nothing, measures it, runs the bench, compares router
+# gradients, compiles the training steps of the largest models for TPU slices.
 evidence: $(VENV)/.installed-test
 	$(BIN)/python -m experiments.train --config configs/sotu_switch16.py --workdir runs/sotu
 	$(BIN)/python -m experiments.bench --suite foundation \
 	  --out experiments/evidence/foundation_cpu.json --markdown experiments/BENCHMARKS.md
 	$(BIN)/python -m experiments.estimators --out experiments/evidence/estimators
+	$(BIN)/python -m experiments.pods --out experiments/evidence/pods
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -36,8 +39,9 @@ $(VENV)/.installed: requirements.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/.installed-test: requirements-test.txt requirements.txt | $(VENV)/bin/python
+$(VENV)/.installed-test: requirements-test.txt requirements.txt $(TPU) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -r requirements-test.txt
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/tpu -r $(TPU)
 	touch $(VENV)/.installed $@
 
 clean:

@@ -129,6 +129,17 @@ def tokenize(
   return Corpus(tokens=np.concatenate(pieces), starts=starts)
 
 
+def span_spec(
+    batch_size: int, lengths: span_corruption.Lengths
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shape and dtype of each array of a span-corrupted batch."""
+  source, target = lengths.inputs, lengths.targets
+  return make_spec(
+      batch_size, encoder_tokens=(source, np.int32), decoder_tokens=(target, np.int32),
+      targets=(target, np.int32), weights=(target, np.float32),
+  )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SpanBatches:
   """Span-corrupted batches of a corpus, by index.
@@ -182,11 +193,7 @@ class SpanBatches:
   @property
   def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of each array of a batch."""
-    source, target = self.lengths.inputs, self.lengths.targets
-    return make_spec(
-        self.batch_size, encoder_tokens=(source, np.int32), decoder_tokens=(target, np.int32),
-        targets=(target, np.int32), weights=(target, np.float32),
-    )
+    return span_spec(self.batch_size, self.lengths)
 
   def window(self, epoch: int, sample: int) -> np.ndarray:
     """Raw tokens int32 [n], n <= lengths.tokens, of a sample of an epoch (before shuffling)."""

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable
 
+import jax
+
 from moejax.config import DataConfig, DecoderConfig, EncDecConfig, ModelConfig
 from moejax.data import batches as batches_lib
 from moejax.data import packing, span_corruption
@@ -75,6 +77,16 @@ def make_batches(
   if isinstance(config, DecoderConfig):
     return _packed(config, data, documents, tokenizer, batch_size, fixed, name)
   return _corrupted(config, data, documents, tokenizer, batch_size, fixed, name)
+
+
+def batch_spec(
+    config: ModelConfig, data: DataConfig, batch_size: int
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shape and dtype of each array of a training batch, without any text."""
+  if isinstance(config, DecoderConfig):
+    return packing.packed_spec(batch_size, data.sequence_length)
+  lengths = span_corruption.lengths_for(data.encoder_length, data.noise_density, data.mean_span)
+  return batches_lib.span_spec(batch_size, lengths)
 
 
 def _corrupted(

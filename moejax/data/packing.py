@@ -110,6 +110,14 @@ def lay_out(corpus: Corpus, parts: Parts, length: int, eos_id: int, pad_id: int)
   return row
 
 
+def packed_spec(batch_size: int, length: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shape and dtype of each array of a packed batch."""
+  return make_spec(
+      batch_size, tokens=(length, np.int32), targets=(length, np.int32),
+      weights=(length, np.float32), segments=(length, np.int32), positions=(length, np.int32),
+  )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LmBatches:
   """Packed batches of a corpus, by index.
@@ -165,11 +173,7 @@ class LmBatches:
   @property
   def spec(self) -> dict[str, jax.ShapeDtypeStruct]:
     """Shape and dtype of each array of a batch."""
-    t = self.sequence_length
-    return make_spec(
-        self.batch_size, tokens=(t, np.int32), targets=(t, np.int32), weights=(t, np.float32),
-        segments=(t, np.int32), positions=(t, np.int32),
-    )
+    return packed_spec(self.batch_size, self.sequence_length)
 
   @functools.cached_property
   def _stream(self) -> Callable[[int], Stream]:

@@ -1,0 +1,67 @@
+"""Compiles every planned run for its TPU slice and writes what a chip needs: JSON and a table.
+
+Takes minutes and several GB of memory a run; runs that are in --out already are not compiled again.
+
+Example:
+  python -m experiments.pods --out experiments/evidence/pods
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+from absl import flags
+import tqdm
+
+from experiments import flags as common
+from experiments.pods import plans, table
+from moejax import errors, files
+
+_OUT = flags.DEFINE_string('out', 'runs/pods', 'Writes OUT.json and OUT.md.')
+_ONLY = flags.DEFINE_string('only', '', 'Only runs with this in their name.')
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def compile_plan(plan: plans.Plan) -> dict[str, Any]:
+  """Compiles one in a process of its own.
+
+  Raises:
+    UserError: it failed, with its last line.
+  """
+  done = subprocess.run(
+      [sys.executable, '-m', 'experiments.pods.compile_step',
+       '--config', f'configs/{plan.config}.py:{plan.variant}', '--slice', plan.slice],
+      cwd=ROOT, env=environment(), capture_output=True, text=True, check=False,
+  )
+  if done.returncode:
+    last = (done.stderr.strip().splitlines() or ['no output'])[-1]
+    raise errors.UserError(f'{plan.name}: {last[:400]}')
+  return json.loads(done.stdout.splitlines()[-1])
+
+
+def environment() -> dict[str, str]:
+  """With the TPU compiler that `make` installs beside the packages, where nothing else sees it."""
+  beside = pathlib.Path(sys.prefix) / 'tpu'
+  paths = [str(beside), os.environ.get('PYTHONPATH', '')] if beside.is_dir() else []
+  extra = {'PYTHONPATH': os.pathsep.join(filter(None, paths))} if paths else {}
+  return {**os.environ, **extra}
+
+
+def main() -> None:
+  out = pathlib.Path(_OUT.value)
+  data, page = out.with_suffix('.json'), out.with_suffix('.md')
+  data.parent.mkdir(parents=True, exist_ok=True)
+  results = files.read_json(data) if data.is_file() else {}
+  todo = [p for p in plans.PLANS if p.name not in results and _ONLY.value in p.name]
+  for plan in tqdm.tqdm(todo, file=sys.stderr):
+    results[plan.name] = compile_plan(plan)
+    files.write_json(data, results)
+    page.write_text(table.markdown(results))
+  print(table.markdown(results))
+
+
+if __name__ == '__main__':
+  common.run(main)

@@ -1,0 +1,48 @@
+"""Operations of a traced program, loops counted as often as they run (XLA counts them once)."""
+
+import math
+from typing import Any
+
+from jax.experimental import pallas as pl
+from jax.extend import core
+
+
+def matmul_flops(jaxpr: core.Jaxpr) -> float:
+  """Operations of all matrix products in a jaxpr, over all devices of the regions it is split into.
+
+  A scan counts as often as it runs, a loop of unknown length once, of branches the dearest one. A
+  kernel counts what it declares.
+  """
+  return sum(_equation(equation) for equation in jaxpr.eqns)
+
+
+def _equation(equation: core.JaxprEqn) -> float:
+  name, params = equation.primitive.name, equation.params
+  if name == 'dot_general':
+    (contract, _), _ = params['dimension_numbers']
+    left: Any = equation.invars[0].aval
+    output: Any = equation.outvars[0].aval
+    return 2.0 * math.prod(output.shape) * math.prod(left.shape[axis] for axis in contract)
+  if name == 'pallas_call':
+    cost: pl.CostEstimate | None = params['cost_estimate']
+    return float(cost.flops) if cost else 0.0
+  inner = [matmul_flops(jaxpr) for value in params.values() for jaxpr in _jaxprs(value)]
+  if name == 'scan':
+    return params['length'] * sum(inner)
+  if name == 'cond':
+    return max(inner)
+  if name == 'shard_map':
+    split = params['newly_manual_axes']
+    return sum(inner) * math.prod(params['mesh'].shape[axis] for axis in split)
+  return sum(inner)
+
+
+def _jaxprs(value: Any) -> list[core.Jaxpr]:
+  """The programs in a parameter of an equation."""
+  if isinstance(value, core.ClosedJaxpr):
+    return [value.jaxpr]
+  if isinstance(value, core.Jaxpr):
+    return [value]
+  if isinstance(value, (tuple, list)):
+    return [jaxpr for item in value for jaxpr in _jaxprs(item)]
+  return []
