@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import os
+import tempfile
 
 # Tests spend their time compiling: nothing is optimized, and code comes from the quickest emitters
 # that a version of XLA has (it ends a process that names a flag it does not know).
@@ -22,6 +23,11 @@ for _name, _value in (
     _flags.append(f'{_name}={_value}')
 os.environ['XLA_FLAGS'] = ' '.join(_flags)
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Workers and the commands that tests start share what they compile; it goes when the run ends.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  _programs = tempfile.TemporaryDirectory(prefix='moejax_tests_', ignore_cleanup_errors=True)
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = _programs.name
+  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0.2'
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('HF_DATASETS_OFFLINE', '1')
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')

@@ -45,7 +45,7 @@ def training_rows(model: Model, quick: bool) -> list[dict[str, Any]]:
       'positions': np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape),
   }
   rows = []
-  for dtype in problem.DTYPES:
+  for dtype in problem.dtypes_where_slow(quick):
     experiment = config_lib.Experiment(
         model=model.config,
         optim=config_lib.OptimConfig(learning_rate=1e-4, schedule='constant', warmup_steps=0,
@@ -72,7 +72,7 @@ def training_rows(model: Model, quick: bool) -> list[dict[str, Any]]:
 
 def decoding_rows(model: Model, quick: bool) -> list[dict[str, Any]]:
   rows = []
-  for dtype in problem.DTYPES:
+  for dtype in problem.dtypes_where_slow(quick):
     own = dataclasses.replace(model, params=tree.cast_floats(model.params, jnp.dtype(dtype)))
     for batch in (1, 8):
       prompts = problem.tokens(quick, batch, problem.PROMPT).tolist()

@@ -81,6 +81,11 @@ def tokens(quick: bool, batch: int, length: int) -> np.ndarray:
   return np.random.default_rng(1).integers(3, high, (batch, length)).astype(np.int32)
 
 
+def dtypes_where_slow(quick: bool) -> tuple[str, ...]:
+  """What a training step and decoding are measured in: they take longest to compile."""
+  return DTYPES[:1] if quick else DTYPES
+
+
 def text_shape(quick: bool) -> tuple[int, int]:
   """Batch and length of the forward pass and the training step."""
   return (2, 16) if quick else (2, 512)

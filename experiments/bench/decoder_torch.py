@@ -44,7 +44,7 @@ def training_rows(model: Any, quick: bool) -> list[dict[str, Any]]:
   model = model.train()
   optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
   rows = []
-  for dtype in problem.DTYPES:
+  for dtype in problem.dtypes_where_slow(quick):
 
     def call(dtype=dtype):
       with torch.autocast('cpu', torch.bfloat16, enabled=dtype == 'bfloat16'):
@@ -62,7 +62,7 @@ def training_rows(model: Any, quick: bool) -> list[dict[str, Any]]:
 
 def decoding_rows(model: Any, quick: bool) -> list[dict[str, Any]]:
   rows = []
-  for dtype in problem.DTYPES:
+  for dtype in problem.dtypes_where_slow(quick):
     model = model.to(getattr(torch, dtype)).eval()
     for batch in (1, 8):
       prompts = torch.tensor(problem.tokens(quick, batch, problem.PROMPT)).long()

@@ -333,8 +333,12 @@ def init(config: DecoderConfig, key: jax.Array) -> dict[str, Any]:
   positions = jnp.zeros((1, 2), jnp.int32)
   context = make_context(config, positions, positions, length=2, tokens_bt=positions)
   stack: dict[str, Any] = {}
+  of_module: dict[DecoderLayer, Any] = {}  # Layers that are alike are traced once.
   for i in range(config.num_layers):
-    stack[f'layers_{i}'] = layer_module(config, i).init(keys[3 + i], x, context)['params']
+    module = layer_module(config, i)
+    if module not in of_module:
+      of_module[module] = jax.jit(lambda k, m=module: m.init(k, x, context)['params'])
+    stack[f'layers_{i}'] = of_module[module](keys[3 + i])
   stack['final_norm'] = jnp.ones((d,))
   if config.norm == 'layer':
     stack['final_norm_bias'] = jnp.zeros((d,))

@@ -15,7 +15,7 @@ MESHES = {'8x1x1': (8, 1, 1), '2x4x1': (2, 4, 1), '2x2x2': (2, 2, 2)}
 
 
 @pytest.mark.parametrize(
-    'name, dropout', [('2x2x2', 0.0), ('8x1x1', 0.2), ('2x4x1', 0.2), ('2x2x2', 0.2)]
+    'name, dropout', [('8x1x1', 0.0), ('2x4x1', 0.2), ('2x2x2', 0.2)]
 )
 def test_same_loss_on_every_mesh(common, name, dropout):
   one = common.setup(common.experiment(model__dropout_rate=dropout))
