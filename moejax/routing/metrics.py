@@ -10,9 +10,14 @@ from moejax.routing.types import Routing
 Metrics = dict[str, jax.Array]
 
 # What `sums` counts.
-SUMS = ('load', 'tokens', 'candidates', 'gates_of_one', 'routed', 'no_router_gradient')
+SUMS = (
+    'load', 'tokens', 'candidates', 'gates_of_one', 'routed', 'no_router_gradient', 'entropy',
+)
 # What `finish` makes of the sums of one router, one number each.
-NAMES = ('load_entropy', 'dropped', 'candidates', 'gates_of_one', 'no_router_gradient')
+NAMES = (
+    'load_entropy', 'router_entropy', 'dropped', 'candidates', 'gates_of_one',
+    'no_router_gradient',
+)
 
 
 def sums(routing: Routing, valid_m: jax.Array | None = None) -> Metrics:
@@ -26,7 +31,7 @@ def sums(routing: Routing, valid_m: jax.Array | None = None) -> Metrics:
     load: [e], kept choices. tokens: choices wanted, kept or not. candidates: experts that those
     were made among. gates_of_one: kept choices whose output is weighted with exactly 1. routed:
     tokens. no_router_gradient: tokens whose choices had one candidate each, so that no gate
-    depends on the router.
+    depends on the router. entropy: of the tokens' router probabilities, in nats.
   """
   m, k = routing.choice_mk.shape
   if valid_m is None:
@@ -39,6 +44,8 @@ def sums(routing: Routing, valid_m: jax.Array | None = None) -> Metrics:
   if routing.scale_mk is not None:
     weight_mk = weight_mk * routing.scale_mk
   count = lambda x: jnp.sum(x, dtype=jnp.float32)
+  log_p_me = jax.nn.log_softmax(routing.logits_me)
+  entropy_m = -jnp.sum(jnp.exp(log_p_me) * log_p_me, axis=-1)
   return {
       'load': routing.load_e.astype(jnp.float32),
       'tokens': count(choice_mk),
@@ -46,6 +53,7 @@ def sums(routing: Routing, valid_m: jax.Array | None = None) -> Metrics:
       'gates_of_one': count((weight_mk == 1.0) & routing.keep_mk & choice_mk),
       'routed': count(valid_m),
       'no_router_gradient': count((candidates_mk <= 1).all(-1) & valid_m),
+      'entropy': count(jnp.where(valid_m, entropy_m, 0.0)),
   }
 
 
@@ -54,20 +62,22 @@ def finish(total: Mapping[str, jax.Array]) -> Metrics:
 
   Returns:
     load: [e], each expert's share of the kept choices. load_entropy: its entropy (nats; ln e is
-    even). dropped: share of the wanted choices that were not kept. candidates: mean number of
-    experts that a choice was made among. gates_of_one: share of the kept choices.
-    no_router_gradient: share of the tokens.
+    even). router_entropy: of a token's router probabilities (nats), the mean. dropped: share of
+    the wanted choices that were not kept. candidates: mean number of experts that a choice was
+    made among. gates_of_one: share of the kept choices. no_router_gradient: share of the tokens.
   """
   kept = total['load'].sum()
   share = total['load'] / jnp.maximum(kept, 1.0)
   wanted = jnp.maximum(total['tokens'], 1.0)
+  routed = jnp.maximum(total['routed'], 1.0)
   return {
       'load': share,
       'load_entropy': -jnp.sum(share * jnp.log(jnp.maximum(share, 1e-20))),
+      'router_entropy': total['entropy'] / routed,
       'dropped': jnp.maximum(1.0 - kept / wanted, 0.0),
       'candidates': total['candidates'] / wanted,
       'gates_of_one': total['gates_of_one'] / jnp.maximum(kept, 1.0),
-      'no_router_gradient': total['no_router_gradient'] / jnp.maximum(total['routed'], 1.0),
+      'no_router_gradient': total['no_router_gradient'] / routed,
   }
 
 

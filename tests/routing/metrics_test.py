@@ -40,6 +40,8 @@ def test_by_hand():
   share = np.array([3, 2, 1]) / 6
   assert got['load_entropy'] == pytest.approx(-(share * np.log(share)).sum(), rel=1e-6)
   assert got['dropped'] == 0
+  p = np.exp(logits[0]) / np.exp(logits[0]).sum(-1, keepdims=True)
+  assert got['router_entropy'] == pytest.approx(-(p * np.log(p)).sum(-1).mean(), rel=1e-6)
 
 
 def test_a_scaled_gate_is_not_one():
