@@ -1,8 +1,10 @@
-"""A small GRIN and its rivals on the State of the Union speeches: equal active parameters and data.
+"""A small GRIN and its rivals: equal active parameters and data.
 
   python -m experiments.train --config configs/grin_tiny.py:grin --workdir runs/grin
 
-Variants, after a colon:
+`python -m experiments.study` trains and compares all of them, see experiments/RESULTS.md. Variants,
+after a colon, on the State of the Union speeches; with -mix after the name on speeches, essays and
+manuals in equal parts (`python -m experiments.study.texts` fetches these):
   dense        no experts; a token meets the same FFN width as elsewhere
   switch       top-1 of 8 experts
   gshard       top-2 with its random second expert
@@ -36,16 +38,31 @@ VARIANTS = {
 }
 
 
+TEXTS = 'runs/study/texts'
+CORPORA = {
+    'speeches': config.DataConfig(train_files=TRAIN, valid_files=VALID, sequence_length=256),
+    'mix': config.DataConfig(
+        train_files=(f'{SPEECHES}???[12346789]_*.txt', f'{TEXTS}/essays/train',
+                     f'{TEXTS}/manuals/train'),
+        train_weights=(1.0, 1.0, 1.0),
+        valid_files=(*VALID, f'{TEXTS}/essays/valid', f'{TEXTS}/manuals/valid'),
+        sequence_length=256,
+    ),
+}
+
+
 def get_config(variant: str = 'grin') -> config.Experiment:
-  if variant not in VARIANTS:
-    raise UserError(f'no variant {variant!r}{did_you_mean(variant, VARIANTS)}')
+  name, _, corpus = variant.partition('-')
+  for given, known in ((name, VARIANTS), (corpus or 'speeches', CORPORA)):
+    if given not in known:
+      raise UserError(f'no variant {variant!r}{did_you_mean(given, known)}')
   return config.Experiment(
       model=config.DecoderConfig(
           family='grin', vocab_size=2048, d_model=256, d_head=64, d_ff=2 * D_FF, num_heads=4,
           num_kv_heads=2, num_layers=4, max_positions=256, norm='layer', eos_ids=(1,),
-          moe=VARIANTS[variant],
+          moe=VARIANTS[name],
       ),
-      data=config.DataConfig(train_files=TRAIN, valid_files=VALID, sequence_length=256),
+      data=CORPORA[corpus or 'speeches'],
       optim=config.OptimConfig(learning_rate=2e-3, schedule='wsd', warmup_steps=50,
                                decay_steps=200, weight_decay=0.1, b2=0.95),
       train=config.TrainConfig(

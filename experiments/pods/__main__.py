@@ -20,8 +20,7 @@ from experiments import flags as common
 from experiments.pods import plans, table
 from moejax import errors, files
 
-_OUT = flags.DEFINE_string('out', 'runs/pods', 'Writes OUT.json and OUT.md.')
-_ONLY = flags.DEFINE_string('only', '', 'Only runs with this in their name.')
+FLAGS = flags.FLAGS
 ROOT = pathlib.Path(__file__).parents[2]
 
 
@@ -51,11 +50,11 @@ def environment() -> dict[str, str]:
 
 
 def main() -> None:
-  out = pathlib.Path(_OUT.value)
+  out = pathlib.Path(FLAGS.out)
   data, page = out.with_suffix('.json'), out.with_suffix('.md')
   data.parent.mkdir(parents=True, exist_ok=True)
   results = files.read_json(data) if data.is_file() else {}
-  todo = [p for p in plans.PLANS if p.name not in results and _ONLY.value in p.name]
+  todo = [p for p in plans.PLANS if p.name not in results and FLAGS.only in p.name]
   for plan in tqdm.tqdm(todo, file=sys.stderr):
     results[plan.name] = compile_plan(plan)
     files.write_json(data, results)
@@ -63,5 +62,12 @@ def main() -> None:
   print(table.markdown(results))
 
 
+def define_flags() -> None:
+  """Defines --out and --only."""
+  flags.DEFINE_string('out', 'runs/pods', 'Writes OUT.json and OUT.md.')
+  flags.DEFINE_string('only', '', 'Only runs with this in their name.')
+
+
 if __name__ == '__main__':
+  define_flags()
   common.run(main)
