@@ -8,16 +8,14 @@ import tempfile
 # Tests spend their time compiling: nothing is optimized, and code comes from the quickest emitters
 # that a version of XLA has (it ends a process that names a flag it does not know).
 _QUICK = {
-    '0.10': [
-        ('--xla_cpu_use_fusion_emitters', 'false'), ('--xla_cpu_parallel_codegen_split_count', 1),
-    ],
+    '0.10': [('--xla_cpu_use_fusion_emitters', 'false')],
     '0.12': [('--xla_cpu_use_new_xtile_lowering', 'false')],
 }
 _version = '.'.join(importlib.metadata.version('jaxlib').split('.')[:2])
 _flags = os.environ.get('XLA_FLAGS', '').split()
 for _name, _value in (
     ('--xla_force_host_platform_device_count', 8), ('--xla_backend_optimization_level', 0),
-    *_QUICK.get(_version, ()),
+    ('--xla_cpu_parallel_codegen_split_count', 1), *_QUICK.get(_version, ()),
 ):
   if not any(flag.startswith(_name + '=') for flag in _flags):
     _flags.append(f'{_name}={_value}')
