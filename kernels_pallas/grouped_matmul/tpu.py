@@ -21,11 +21,11 @@ def supported(dtype: Any) -> bool:
 
 
 def tile(size: int, limit: int) -> int:
-  """The tile of an axis: all of it, else the widest multiple of 128 that divides it, else limit."""
+  """The tile of an axis: all, else the widest that divides it, else half the limit (masks cost)."""
   if size <= limit:
     return size
   exact = [t for t in range(limit, 127, -128) if size % t == 0]
-  return exact[0] if exact and exact[0] >= limit // 2 else limit
+  return exact[0] if exact and exact[0] >= limit // 2 else limit // 2
 
 
 def row_tile(rows: int, groups: int) -> int:
