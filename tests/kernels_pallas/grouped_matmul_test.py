@@ -88,7 +88,8 @@ def test_float16_runs_where_the_kernel_knows_only_bfloat16_and_float32():
 
 
 @pytest.mark.parametrize('size,limit,expected', [
-    (24, 1024, 24), (1024, 1024, 1024), (6400, 1024, 640), (2080, 1024, 512), (1600, 1024, 512), (3072, 512, 512),
+    (24, 1024, 24), (1024, 1024, 1024), (6400, 1024, 640), (2080, 1024, 512),
+    (1600, 1024, 512), (3072, 512, 512),
 ])
 def test_tiles_divide_an_axis_where_wide_ones_do(size, limit, expected):
   assert tpu.tile(size, limit) == expected
