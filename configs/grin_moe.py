@@ -3,10 +3,11 @@
   python -m experiments.train --config configs/grin_moe.py:v5p-64 --workdir gs://BUCKET/grin \
     --set 'data.train_files=["/data/*.txt"]' --set data.tokenizer=/data/tokenizer.json
 
-A variant is a slice: the chips and how they are divided. What each asks of a chip is measured by
-compilation, see experiments/evidence/pods.md; `experiments/launch/tpu_vm.sh` starts it on every
-host. Nobody has run the whole of it yet. The recipe is the paper's (section 3): experts are split
-by their hidden units over `tensor`, and no token is dropped.
+A variant is a slice: the chips and how they are divided. `python -m experiments.pods` compiles
+each and says what it asks of a chip; experiments/evidence/pods.md has those that were compiled.
+`experiments/launch/tpu_vm.sh` starts it on every host. Nobody has run the whole of it yet. The
+recipe is the paper's (section 3): experts are split by their hidden units over `tensor`, and no
+token is dropped.
 """
 
 from moejax import config

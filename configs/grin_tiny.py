@@ -2,7 +2,7 @@
 
   python -m experiments.train --config configs/grin_tiny.py:grin --workdir runs/grin
 
-`python -m experiments.study` trains and compares all of them, see experiments/RESULTS.md. Variants,
+`python -m experiments.study` trains and compares all of them. Variants,
 after a colon, on the State of the Union speeches; with -mix after the name on speeches, essays and
 manuals in equal parts (`python -m experiments.study.texts` fetches these):
   dense        no experts; a token meets the same FFN width as elsewhere

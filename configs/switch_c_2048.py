@@ -3,10 +3,10 @@
   python -m experiments.train --config configs/switch_c_2048.py:v5p-512 --workdir gs://B/switch \
     --set 'data.train_files=["/data/*.txt"]' --set data.tokenizer=/data/tokenizer.json
 
-A variant is a slice: the chips and how they are divided. What each asks of a chip is measured by
-compilation, see experiments/evidence/pods.md; nobody has run the whole of it yet. Tokens go to
-their experts by all-to-all in buffers of twice the even share; Adafactor without momentum keeps
-two vectors a matrix, as the paper trained it.
+A variant is a slice: the chips and how they are divided. None has been compiled or run yet:
+`python -m experiments.pods --only switch_c` says what they ask of a chip. Tokens go to their
+experts by all-to-all in buffers of twice the even share; Adafactor without momentum keeps two
+vectors a matrix, as the paper trained it.
 """
 
 import dataclasses

@@ -98,7 +98,8 @@ def compile_for(experiment: Any, where: plans.Slice) -> dict[str, Any]:
   try:
     compiled = traced.lower().compile()
   except jax.errors.JaxRuntimeError as error:
-    if 'RESOURCE_EXHAUSTED' not in str(error):
+    # A kernel that overflows its own vector memory is a fault, not a chip that is too small.
+    if 'RESOURCE_EXHAUSTED' not in str(error) or 'Vmem' in str(error):
       raise
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return {**result, 'fits': False, 'why': lines[0][:300]}

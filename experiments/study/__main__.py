@@ -1,8 +1,7 @@
 """Trains what the study still lacks, one run after the other, and writes its page and pictures.
 
-A run takes about eight minutes on two cores, all of them four hours; runs that are in --out already
-are not trained again, so it can be stopped and started. The mix wants `experiments.study.texts`
-first.
+Takes hours on two cores; runs that are in --out already are not trained again, so it can be stopped
+and started. The mix wants `experiments.study.texts` first.
 
 Example:
   python -m experiments.study --corpus speeches --seeds 0,1,2

@@ -27,7 +27,7 @@ def spread(values: list[float], digits: int) -> str:
 
 
 def rows(runs: Mapping[str, Any], corpus: str) -> list[list[str]]:
-  """A row a variant: seeds, last loss, loss at dense's time, speed, and the routers' health."""
+  """A row a variant: seeds, steps, last loss, speed, and the routers' health."""
   grouped = records.by_variant(runs, corpus)
   dense = grouped.get('dense', [])
   base = statistics.fmean(run['tokens_per_second'] for run in dense) if dense else 0.0
