@@ -78,10 +78,10 @@ def measure(folder: str, against: str | None) -> dict[str, Any]:
   start = time.monotonic()
   result: dict[str, Any] = {'model': folder, 'data': list(_DATA.value), 'batches': len(rows)}
   result |= run(model.params, 'evaluate', reference, _EXAMPLES.value)
+  decoder = isinstance(model.config, config_lib.DecoderConfig)
+  ends = model.config.eos_ids if decoder else (model.config.eos_id,)
   for example in result.get('examples', ()):
-    example['pieces'], example['fills'] = evaluate.example_pieces(
-        example, tokenizer, model.config.eos_id
-    )
+    example['pieces'], example['fills'] = evaluate.example_pieces(example, tokenizer, ends)
   result['seconds'] = round(time.monotonic() - start, 3)
   if against:
     result['against'] = against

@@ -7,7 +7,7 @@ padded on the left, so that every row writes the same slot of its cache.
 from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,30 +45,57 @@ class Sampling:
     if not 0 < self.top_p <= 1:
       raise UserError(f'top_p = {self.top_p}: in (0, 1]')
 
+  @property
+  def way(self) -> str:
+    """What is compiled for it: 'greedy', 'draw' from all tokens, or 'filter' before drawing."""
+    if self.temperature == 0:
+      return 'greedy'
+    return 'filter' if self.top_k or self.top_p < 1 else 'draw'
 
-def filter_logits(logits_bv: jax.Array, sampling: Sampling) -> jax.Array:
-  """Logits over the temperature, those that may not be drawn at -inf; float32 [b, v]."""
+
+class _Rule(NamedTuple):
+  """The numbers of a Sampling and the ids that stop a row (-1 for none): operands, so that other
+  numbers need no other program."""
+
+  temperature: Any
+  top_k: Any
+  top_p: Any
+  stops_n: Any = ()
+
+
+def filter_logits(logits_bv: jax.Array, sampling: Sampling | _Rule) -> jax.Array:
+  """Logits over the temperature, those that may not be drawn at -inf; float32 [b, v].
+
+  A token as probable as the k-th is kept with it.
+  """
   logits_bv = logits_bv.astype(jnp.float32) / sampling.temperature
-  if 0 < sampling.top_k < logits_bv.shape[-1]:
-    least = jax.lax.top_k(logits_bv, sampling.top_k)[0][:, -1:]
-    logits_bv = jnp.where(logits_bv < least, -jnp.inf, logits_bv)
-  if sampling.top_p < 1:
-    order = jnp.argsort(-logits_bv, axis=-1, stable=True)
-    probs = jax.nn.softmax(jnp.take_along_axis(logits_bv, order, axis=-1), axis=-1)
-    before = jnp.cumsum(probs, axis=-1) - probs
-    ranked = before < sampling.top_p
-    keep = jnp.zeros_like(ranked).at[jnp.arange(len(order))[:, None], order].set(ranked)
-    logits_bv = jnp.where(keep, logits_bv, -jnp.inf)
-  return logits_bv
+  vocabulary = logits_bv.shape[-1]
+  order = jnp.argsort(-logits_bv, axis=-1, stable=True)
+  falling = jnp.take_along_axis(logits_bv, order, axis=-1)
+  k = jnp.where(sampling.top_k == 0, vocabulary, jnp.minimum(sampling.top_k, vocabulary))
+  falling = jnp.where(falling < falling[:, k - 1][:, None], -jnp.inf, falling)
+  probs = jax.nn.softmax(falling, axis=-1)
+  before = jnp.cumsum(probs, axis=-1) - probs
+  # Sums of rounded probabilities may pass 1 before the last token.
+  keep = (falling > -jnp.inf) & ((before < sampling.top_p) | (sampling.top_p >= 1))
+  rows = jnp.arange(len(order))[:, None]
+  return jnp.full_like(logits_bv, -jnp.inf).at[rows, order].set(jnp.where(keep, falling, -jnp.inf))
 
 
 def pick(logits_bv: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
   """The next token of each row, int32 [b]; each row draws from a key of its own."""
-  if sampling.temperature == 0:
+  return _pick(sampling.way, logits_bv, sampling, key)
+
+
+def _pick(way: str, logits_bv: jax.Array, rule: Sampling | _Rule, key: jax.Array) -> jax.Array:
+  if way == 'greedy':
     return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
   keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(logits_bv.shape[0]))
-  drawn = jax.vmap(jax.random.categorical)(keys, filter_logits(logits_bv, sampling))
-  return drawn.astype(jnp.int32)
+  if way == 'filter':
+    logits_bv = filter_logits(logits_bv, rule)
+  else:
+    logits_bv = logits_bv.astype(jnp.float32) / rule.temperature
+  return jax.vmap(jax.random.categorical)(keys, logits_bv).astype(jnp.int32)
 
 
 @jax.tree_util.register_dataclass
@@ -95,8 +122,7 @@ class _Plan:
 
   config: ModelConfig
   slots: int
-  sampling: Sampling
-  stop_ids: tuple[int, ...]
+  way: str
   pad_id: int
   dtype: str
   mesh: Mesh | None
@@ -128,19 +154,17 @@ def _round_up(n: int) -> int:
   return -(-n // _ROUND) * _ROUND
 
 
-def _first(plan: _Plan, logits_bv: jax.Array, key: jax.Array, **state: Any) -> State:
-  token = pick(logits_bv, plan.sampling, jax.random.fold_in(key, 0))
-  return State(token_b=token, done_b=_stops(plan, token), count=jnp.int32(1), **state)
+def _first(plan: _Plan, rule: _Rule, logits_bv: jax.Array, key: jax.Array, **state: Any) -> State:
+  token = _pick(plan.way, logits_bv, rule, jax.random.fold_in(key, 0))
+  return State(token_b=token, done_b=_stops(rule, token), count=jnp.int32(1), **state)
 
 
-def _stops(plan: _Plan, token_b: jax.Array) -> jax.Array:
-  return functools.reduce(
-      jnp.logical_or, [token_b == i for i in plan.stop_ids], jnp.zeros(token_b.shape, bool)
-  )
+def _stops(rule: _Rule, token_b: jax.Array) -> jax.Array:
+  return (token_b[:, None] == rule.stops_n[None]).any(1)
 
 
 @functools.partial(jax.jit, static_argnames=('plan',))
-def _start_decoder(plan, params, tokens_bt, pad_b, key) -> State:
+def _start_decoder(plan, params, rule, tokens_bt, pad_b, key) -> State:
   """Runs the prompts; the first new token is picked."""
   config, (batch, width) = plan.config, tokens_bt.shape
   positions_bt = jnp.arange(width)[None] - pad_b[:, None]
@@ -152,11 +176,11 @@ def _start_decoder(plan, params, tokens_bt, pad_b, key) -> State:
       length=plan.slots, dtype=jnp.dtype(plan.dtype), mesh=plan.mesh,
   )
   fixed = {'keys_bs': keys_bs, 'pad_b': pad_b}
-  return _first(plan, logits, key, caches=caches, fixed=fixed, at=jnp.int32(width))
+  return _first(plan, rule, logits, key, caches=caches, fixed=fixed, at=jnp.int32(width))
 
 
 @functools.partial(jax.jit, static_argnames=('plan',))
-def _start_encdec(plan, params, tokens_bs, mask_bs, key) -> State:
+def _start_encdec(plan, params, rule, tokens_bs, mask_bs, key) -> State:
   """Encodes the prompts and runs the start token; the first new token is picked."""
   config, dtype = plan.config, jnp.dtype(plan.dtype)
   encoded = switch_steps.encode(config, params, tokens_bs, mask_bs, dtype, plan.mesh)
@@ -168,7 +192,7 @@ def _start_encdec(plan, params, tokens_bs, mask_bs, key) -> State:
       mesh=plan.mesh,
   )
   fixed = {'source': source, 'mask_bs': mask_bs}
-  return _first(plan, logits, key, caches=caches, fixed=fixed, at=jnp.int32(1))
+  return _first(plan, rule, logits, key, caches=caches, fixed=fixed, at=jnp.int32(1))
 
 
 def _logits(plan: _Plan, params: Any, state: State) -> tuple[jax.Array, Any]:
@@ -185,9 +209,9 @@ def _logits(plan: _Plan, params: Any, state: State) -> tuple[jax.Array, Any]:
   )
 
 
-@functools.partial(jax.jit, static_argnames=('plan', 'steps'), donate_argnames=('state',))
-def _go_on(plan, params, state, key, limit, *, steps) -> tuple[State, jax.Array]:
-  """At most `steps` more tokens, [b, steps]; ends early where every row has stopped."""
+@functools.partial(jax.jit, static_argnames=('plan', 'room'), donate_argnames=('state',))
+def _go_on(plan, params, rule, state, key, steps, limit, *, room) -> tuple[State, jax.Array]:
+  """At most `steps` more tokens, the first of [b, room]; ends early where every row has stopped."""
   batch = state.token_b.shape[0]
 
   def unfinished(carry):
@@ -197,16 +221,16 @@ def _go_on(plan, params, state, key, limit, *, steps) -> tuple[State, jax.Array]
   def body(carry):
     i, state, out = carry
     logits, caches = _logits(plan, params, state)
-    token = pick(logits, plan.sampling, jax.random.fold_in(key, state.count))
+    token = _pick(plan.way, logits, rule, jax.random.fold_in(key, state.count))
     token = jnp.where(state.done_b, plan.pad_id, token)
     out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], i, 1)
     new = dataclasses.replace(
         state, caches=caches, at=state.at + 1, count=state.count + 1, token_b=token,
-        done_b=state.done_b | _stops(plan, token),
+        done_b=state.done_b | _stops(rule, token),
     )
     return i + 1, new, out
 
-  out = jnp.full((batch, steps), plan.pad_id, jnp.int32)
+  out = jnp.full((batch, room), plan.pad_id, jnp.int32)
   _, state, out = jax.lax.while_loop(unfinished, body, (jnp.int32(0), state, out))
   return state, out
 
@@ -256,25 +280,34 @@ def stream(
   _check(config, prompts, max_new_tokens)
   key = jax.random.key(0) if key is None else key
   stops = stop_ids_of(config) if stop_ids is None else tuple(stop_ids)
+  chosen = sampling or Sampling()
+  padded = np.full(max(_round_up(len(stops)), _ROUND), -1, np.int32)
+  padded[: len(stops)] = stops
+  rule = _Rule(
+      np.float32(chosen.temperature), np.int32(chosen.top_k), np.float32(chosen.top_p), padded
+  )
   plan = functools.partial(
-      _Plan, config=config, sampling=sampling or Sampling(), stop_ids=stops,
-      pad_id=config.pad_id or 0, dtype=str(jnp.dtype(dtype)), mesh=mesh,
+      _Plan, config=config, way=chosen.way, pad_id=config.pad_id or 0,
+      dtype=str(jnp.dtype(dtype)), mesh=mesh,
   )
   width = _round_up(max(map(len, prompts)))
   tokens, pad_b = left_padded(prompts, width)
   if isinstance(config, DecoderConfig):
     made = plan(slots=_round_up(width + max_new_tokens))
-    state = _start_decoder(made, model.params, tokens, pad_b, key)
+    state = _start_decoder(made, model.params, rule, tokens, pad_b, key)
   else:
     made = plan(slots=_round_up(1 + max_new_tokens))
     rows = [np.roll(row, -pad) for row, pad in zip(tokens, pad_b)]
     mask = np.arange(width)[None] < (width - pad_b)[:, None]
-    state = _start_encdec(made, model.params, np.stack(rows), mask, key)
+    state = _start_encdec(made, model.params, rule, np.stack(rows), mask, key)
   yield np.asarray(state.token_b)[:, None]
   left = max_new_tokens - 1
   while left > 0 and not bool(state.done_b.all()):
     before = int(state.count)
-    state, out = _go_on(made, model.params, state, key, max_new_tokens, steps=every)
+    state, out = _go_on(
+        made, model.params, rule, state, key, np.int32(every), np.int32(max_new_tokens),
+        room=_round_up(every),
+    )
     count = int(state.count) - before
     yield np.asarray(out)[:, :count]
     left -= count

@@ -154,6 +154,18 @@ def test_compressed_experts_generate_unchanged(bits):
     np.testing.assert_array_equal(made.tokens, want.tokens)
 
 
+def test_other_numbers_need_no_other_program():
+  model = Model.init(DECODER, jax.random.key(3))
+  def run(new, temperature, top_k, top_p, stop_ids, every):
+    sampling = gen.Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    list(gen.stream(model, PROMPTS, max_new_tokens=new, sampling=sampling, stop_ids=stop_ids,
+                    every=every))
+  run(9, 1.0, 3, 1.0, (2,), 8)
+  compiled = gen._start_decoder._cache_size(), gen._go_on._cache_size()
+  run(7, 0.5, 0, 0.9, (3, 4), 2)
+  assert (gen._start_decoder._cache_size(), gen._go_on._cache_size()) == compiled
+
+
 def test_bfloat16_cache_runs(model):
   made = gen.generate(model, PROMPTS, max_new_tokens=3, dtype=jnp.bfloat16)
   assert made.tokens.dtype == np.int32

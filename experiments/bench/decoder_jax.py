@@ -5,15 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from experiments.bench import decoder_problem as problem
-from experiments.bench import timing
-from moejax import config as config_lib
-from moejax import convert, generate, sharding, tree
+from experiments.bench import timing, train_call
+from moejax import convert, generate, tree
 from moejax.model import Model
-from moejax.train import optim, step
-from moejax.train import state as state_lib
 
 
 def forward_rows(model: Model, quick: bool) -> list[dict[str, Any]]:
@@ -37,36 +33,17 @@ def forward_rows(model: Model, quick: bool) -> list[dict[str, Any]]:
 
 def training_rows(model: Model, quick: bool) -> list[dict[str, Any]]:
   batch, length = problem.text_shape(quick)
-  tokens = problem.tokens(quick, batch, length)
-  data = {
-      'tokens': tokens, 'targets': np.roll(tokens, -1, axis=1),
-      'weights': np.ones(tokens.shape, np.float32) * (np.arange(length) < length - 1),
-      'segments': np.ones(tokens.shape, np.int32),
-      'positions': np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape),
-  }
+  data = train_call.batch_of(quick, batch, length)
   rows = []
   for dtype in problem.dtypes_where_slow(quick):
-    experiment = config_lib.Experiment(
-        model=model.config,
-        optim=config_lib.OptimConfig(learning_rate=1e-4, schedule='constant', warmup_steps=0,
-                                     clip_norm=0.0),
-        train=config_lib.TrainConfig(batch_size=batch, compute_dtype=dtype),
+    call = train_call.training_step(
+        train_call.experiment(model.config, batch, dtype), data, model.params
     )
-    mesh = sharding.make_mesh(config_lib.MeshConfig(data=1))
-    optimizer = optim.make_optimizer(experiment.optim, 1000, state_lib.abstract_params(experiment))
-    places = state_lib.shardings(state_lib.abstract(experiment, optimizer), mesh)
-    state = [state_lib.init(experiment, optimizer, mesh, model.params)]
-    run = step.jit_train_step(experiment, optimizer, mesh, places)
-
-    def call(state=state, run=run):
-      state[0], metrics = run(state[0], data)
-      jax.block_until_ready(metrics)
-
     samples = timing.measure({'step': call}, repeats=7)['step']
     rows.append(timing.row(
         f'{dtype}, {batch} x {length} tokens', 'training step', 'moejax', samples, ours=True,
     ))
-    del state, call
+    del call
   return rows
 
 

@@ -46,6 +46,7 @@ SUITES: dict[str, tuple[Worker, ...]] = {
         Worker(
             part='decoder', module='decoder_torch', needs=('torch', 'transformers'), seconds=150
         ),
+        Worker(part='equal', module='dense_jax', needs=_JAX, seconds=400),
     ),
 }
 

@@ -14,6 +14,7 @@ TITLES = {
     'experts': 'Expert feed-forward 768 -> 3072 -> 768, float32',
     'codec': 'Ternary formats and products with one expert (outputs x inputs)',
     'decoder': 'A Phi-MoE of hidden 512, 8 layers, 16 experts, two a token',
+    'equal': 'Training that MoE (ours) against a dense decoder of equal active parameters (peer)',
 }
 # (part, metric): how many times better than the peer ours should be.
 TARGETS = {

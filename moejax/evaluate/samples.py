@@ -1,6 +1,6 @@
 """Fixed evaluation batches from text, laid out as the model was trained, and true predecessors."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 import dataclasses
 import pathlib
 from typing import Any
@@ -123,17 +123,26 @@ def previous_tokens(
 
 
 def example_pieces(
-    example: Mapping[str, list[int]], tokenizer: tokenizer_lib.Tokenizer, eos_id: int = 1
+    example: Mapping[str, list[int]], tokenizer: tokenizer_lib.Tokenizer,
+    ends: Collection[int] = (1,),
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-  """An example of an encoder-decoder as text (`metrics.examples_of`): [{'text', 'hidden'}] of the
-  passage with the spans put back, and [{'text', 'right'}] of the guesses, one a hidden token."""
+  """An example as text (`metrics.examples_of`): [{'text', 'hidden'}] of the passage with the spans
+  put back, and [{'text', 'right'}] of the guesses, one a hidden token; for a decoder the passage
+  whole, and a guess for each token that follows one of its text. `ends`: ids that end a text."""
+  if 'tokens' in example:
+    passage = tokenizer.decode([token for token in example['tokens'] if token not in ends])
+    return [{'text': passage, 'hidden': False}], [
+        {'text': _word(tokenizer, guess), 'right': guess == target}
+        for target, guess in zip(example['targets'], example['guesses'], strict=True)
+        if target not in ends
+    ]
   first = tokenizer.first_sentinel
   spans: dict[int, list[int]] = {}
   guesses, current = [], None
   for target, guess in zip(example['targets'], example['guesses'], strict=True):
     if target >= first:
       current = spans.setdefault(target, [])
-    elif target != eos_id and current is not None:
+    elif target not in ends and current is not None:
       current.append(target)
       guesses.append({'text': _word(tokenizer, guess), 'right': guess == target})
   pieces: list[dict[str, Any]] = []
@@ -148,7 +157,7 @@ def example_pieces(
     if token >= first:
       flush()
       pieces.append({'text': tokenizer.decode(spans.get(token, [])), 'hidden': True})
-    elif token != eos_id:
+    elif token not in ends:
       plain.append(token)
   flush()
   return pieces, guesses

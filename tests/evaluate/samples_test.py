@@ -143,6 +143,15 @@ def test_examples_become_text_with_the_spans_put_back():
   assert fills == [{'text': 'w7', 'right': True}, {'text': 'w3', 'right': False}]
 
 
+def test_examples_of_a_decoder_are_the_passage_and_a_guess_a_token():
+  example = {'tokens': [5, 6, 1, 8], 'targets': [6, 1, 8, 9], 'guesses': [6, 7, 8, 3]}
+  pieces, fills = samples.example_pieces(example, _Tokenizer(), (1, 2))
+  assert pieces == [{'text': 'w5 w6 w8', 'hidden': False}]
+  assert fills == [
+      {'text': 'w6', 'right': True}, {'text': 'w8', 'right': True}, {'text': 'w3', 'right': False}
+  ]
+
+
 def test_a_foreign_tokenizer_is_refused():
   class Other(_Tokenizer):
     vocab_size = 32

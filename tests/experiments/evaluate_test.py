@@ -6,7 +6,12 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
+
+from moejax import config as config_lib
+from moejax import model
+from moejax.data import tokenizer as tokenizer_lib
 
 _SPEC = importlib.util.spec_from_file_location(
     'demo_common', pathlib.Path(__file__).with_name('demo_common.py')
@@ -37,6 +42,35 @@ def test_prints_json_of_everything_asked(flags, tmp_path):
   assert 0 < result['bigram_content_loss'] < result['content_loss']
   assert set(result['routing']) == {'encoder/layers_0/ffn', 'decoder/layers_0/ffn'}
   assert result['examples'][0]['pieces'] and result['examples'][0]['fills']
+
+
+def test_measures_a_decoder_in_the_same_way(tmp_path):
+  (tmp_path / 'words').mkdir()
+  for name, seed in (('train', 0), ('test', 1)):
+    (tmp_path / f'{name}.txt').write_text(common.speech(seed))
+  train = (tmp_path / 'train.txt').read_text()
+  tokenizer_lib.train([train], 400, 0).save(tmp_path / 'words')
+  config = config_lib.DecoderConfig(
+      family='grin', vocab_size=400, d_model=16, d_head=8, d_ff=16, num_heads=2, num_kv_heads=1,
+      num_layers=1, max_positions=48, initializer_std=0.5, norm='layer', eos_ids=(1,),
+      moe=config_lib.DecoderMoeConfig(num_experts=4, top_k=2, router='sparsemixer_v2'),
+  )
+  made = model.Model.init(config, jax.random.key(0))
+  made.save(tmp_path / 'model', tokenizer_from=tmp_path / 'words')
+  done = common.run(
+      'evaluate', model=str(tmp_path / 'model'), data=str(tmp_path / 'test.txt'),
+      against=str(tmp_path / 'model'), bigram=str(tmp_path / 'train.txt'), ablate='true',
+      examples='1', max_batches='1', sample_length='24',
+  )
+  assert done.returncode == 0, done.stderr
+  result = json.loads(done.stdout)
+  assert result['agreement']['top1'] == 1.0 and abs(result['agreement']['kl']) < 1e-6
+  assert result['zeroed_experts']['cost'] != 0.0
+  assert 0 < result['bigram_content_loss'] < result['content_loss'] <= result['loss'] + 1
+  assert list(result['routing']) == ['layers_0/ffn']
+  example = result['examples'][0]
+  assert example['pieces'][0]['text'] in (tmp_path / 'test.txt').read_text()
+  assert len(example['fills']) == len(example['targets']) == 24
 
 
 @pytest.mark.parametrize('folder, message', [
