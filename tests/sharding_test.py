@@ -13,7 +13,10 @@ from moejax.errors import UserError
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 
 
-@pytest.mark.parametrize('name', ['switch-base-8', 't5-v1_1-small', 'grin-moe', 'qwen1.5-moe-a2.7b'])
+PRESETS = ('switch-base-8', 't5-v1_1-small', 'grin-moe', 'qwen1.5-moe-a2.7b')
+
+
+@pytest.mark.parametrize('name', PRESETS)
 def test_golden_shardings(name, request):
   """Run with `--update-golden` after a wanted change, and read the diff."""
   mesh = sharding.make_mesh(config_lib.MeshConfig(data=2, expert=2, tensor=2))

@@ -17,7 +17,6 @@ from moejax import config as config_lib
 from moejax.model import Model
 from moejax.ops import ffn, moe
 from moejax.routing import dispatch, router
-from moejax.train import state as state_lib
 
 Call = Callable[[], Any]
 

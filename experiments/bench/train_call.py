@@ -14,7 +14,7 @@ from moejax.train import optim, step
 from moejax.train import state as state_lib
 
 
-def experiment(model: config_lib.DecoderConfig, batch: int, dtype: str) -> config_lib.Experiment:
+def experiment(model: config_lib.ModelConfig, batch: int, dtype: str) -> config_lib.Experiment:
   """AdamW at a constant rate; gradients are not clipped, for the peer clips none."""
   return config_lib.Experiment(
       model=model,

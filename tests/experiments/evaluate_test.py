@@ -67,7 +67,7 @@ def test_measures_a_decoder_in_the_same_way(tmp_path):
   assert result['agreement']['top1'] == 1.0 and abs(result['agreement']['kl']) < 1e-6
   assert result['zeroed_experts']['cost'] != 0.0
   assert 0 < result['bigram_content_loss'] < result['content_loss'] <= result['loss'] + 1
-  assert list(result['routing']) == ['layers_0/ffn']
+  assert list(result['routing']) == ['decoder/layers_0/ffn']
   example = result['examples'][0]
   assert example['pieces'][0]['text'] in (tmp_path / 'test.txt').read_text()
   assert len(example['fills']) == len(example['targets']) == 24
