@@ -22,14 +22,19 @@ lint: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m experiments.bench --suite foundation
 
-# Hours: trains the demo's checkpoint from nothing, measures it, runs the bench, compares router
-# gradients, compiles the training steps of the largest models for TPU slices.
+# A night: trains the demo's checkpoint from nothing, measures it, runs the benches, compares router
+# gradients, compiles the training steps of the largest models for TPU slices, trains the study's
+# thirty small models. What is in experiments/evidence already is not compiled or trained again.
 evidence: $(VENV)/.installed-test
 	$(BIN)/python -m experiments.train --config configs/sotu_switch16.py --workdir runs/sotu
 	$(BIN)/python -m experiments.bench --suite foundation \
 	  --out experiments/evidence/foundation_cpu.json --markdown experiments/BENCHMARKS.md
+	$(BIN)/python -m experiments.bench --suite decoder \
+	  --out experiments/evidence/decoder_cpu.json --markdown experiments/BENCHMARKS_DECODER.md
 	$(BIN)/python -m experiments.estimators --out experiments/evidence/estimators
 	$(BIN)/python -m experiments.pods --out experiments/evidence/pods
+	$(BIN)/python -m experiments.study.texts
+	$(BIN)/python -m experiments.study
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

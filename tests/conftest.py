@@ -9,7 +9,7 @@ import tempfile
 # that a version of XLA has (it ends a process that names a flag it does not know).
 _QUICK = {
     '0.10': [('--xla_cpu_use_fusion_emitters', 'false')],
-    '0.12': [('--xla_cpu_opt_preset', 'FAST_COMPILE')],
+    '0.12': [('--xla_cpu_use_new_xtile_lowering', 'false')],
 }
 _version = '.'.join(importlib.metadata.version('jaxlib').split('.')[:2])
 _flags = os.environ.get('XLA_FLAGS', '').split()

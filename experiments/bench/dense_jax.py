@@ -77,7 +77,7 @@ def layer_calls(
   c = configs['MoE']
   m: Any = c.moe
   x = jax.random.normal(jax.random.key(0), (batch, length, c.d_model), dtype)
-  sparse, dense = (params[name]['layers_0']['ffn'] for name in ('MoE', 'dense'))
+  sparse, dense = (params[name]['decoder']['layers_0']['ffn'] for name in ('MoE', 'dense'))
   cast = lambda tree: jax.tree.map(lambda a: a.astype(dtype), tree)
   experts = cast(sparse['experts'])
   weights = {name: w for name, w in cast(dense).items() if not name.startswith('norm')}

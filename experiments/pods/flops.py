@@ -7,16 +7,25 @@ from jax.experimental import pallas as pl
 from jax.extend import core
 
 
-def matmul_flops(jaxpr: core.Jaxpr) -> float:
+def matmul_flops(jaxpr: core.Jaxpr, filled: float = 1.0) -> float:
   """Operations of all matrix products in a jaxpr, over all devices of the regions it is split into.
 
   A scan counts as often as it runs, a loop of unknown length once, of branches the dearest one. A
-  kernel counts what it declares.
+  kernel counts what it declares, times the share of its rows that are `filled`: the grouped
+  products declare their whole buffers and skip the tiles without rows.
   """
-  return sum(_equation(equation) for equation in jaxpr.eqns)
+  return sum(_equation(equation, filled) for equation in jaxpr.eqns)
 
 
-def _equation(equation: core.JaxprEqn) -> float:
+def filled_share(exchange_factor: float | None, ways: int) -> float:
+  """Rows in use of the buffers of experts that lie on `ways` devices, under even routing.
+
+  Gathering (None), or buffers for any routing (0), hold the tokens of all those devices.
+  """
+  return 1.0 / min(exchange_factor or ways, ways)
+
+
+def _equation(equation: core.JaxprEqn, filled: float) -> float:
   name, params = equation.primitive.name, equation.params
   if name == 'dot_general':
     (contract, _), _ = params['dimension_numbers']
@@ -25,8 +34,8 @@ def _equation(equation: core.JaxprEqn) -> float:
     return 2.0 * math.prod(output.shape) * math.prod(left.shape[axis] for axis in contract)
   if name == 'pallas_call':
     cost: pl.CostEstimate | None = params['cost_estimate']
-    return float(cost.flops) if cost else 0.0
-  inner = [matmul_flops(jaxpr) for value in params.values() for jaxpr in _jaxprs(value)]
+    return filled * float(cost.flops) if cost else 0.0
+  inner = [matmul_flops(jaxpr, filled) for value in params.values() for jaxpr in _jaxprs(value)]
   if name == 'scan':
     return params['length'] * sum(inner)
   if name == 'cond':

@@ -8,8 +8,9 @@ _HEAD = '''# Training steps compiled for TPU slices
 Written by `python -m experiments.pods --out experiments/evidence/pods`: the whole training step of
 each config (forward, backward, optimizer) compiled from shapes by the TPU compiler of the libtpu
 wheel, with no TPU at hand. Nothing was run. GiB a chip are the compiler's. TFLOP a chip are the
-matrix products of the traced program, recomputation included; beside them the share that the model
-asks for. Collectives are executions in a step and the GiB of their largest array times that, loops
+matrix products of the traced program under even routing, recomputation included, and in brackets
+with every buffer of the experts full, which no routing asks of all chips at once; beside them the
+share that the model asks for. Collectives are executions in a step and the GiB of their largest array times that, loops
 with a constant bound counted as often as they run.
 
 '''
@@ -32,7 +33,8 @@ def row(name: str, result: Mapping[str, Any]) -> list[str]:
       ' '.join(f'{axis}={n}' for axis, n in result['mesh'].items()), str(result['samples']),
       gib(result['kept_bytes']) if fits else '', gib(result['temporary_bytes']) if fits else '',
       gib(result['chip_bytes']), 'yes' if fits else f'no: {result["why"]}',
-      f'{result["flops_a_chip"] / 1e12:.0f}',
+      f'{result["flops_a_chip"] / 1e12:.0f} '
+      f'({result["flops_of_full_buffers_a_chip"] / 1e12:.0f})',
       f'{result["model_flops_a_chip"] / result["flops_a_chip"]:.0%}',
       '; '.join(moved), f'{result["seconds"]:.0f}' if fits else '',
   ]
