@@ -73,9 +73,25 @@ def attend(
 ) -> jax.Array:
   """softmax(q k^T / sqrt(h)) v, [b, t, n, h]; query head i looks at key head i * g // n.
 
-  A query that sees no key gets the mean of the values, which nothing should read.
+  The query heads of a key head are rows of one product. Scores and softmax are at least float32. A
+  query that sees no key gets the mean of the values, which nothing should read.
   """
-  return jax.nn.dot_product_attention(q_btnh, k_bsgh, v_bsgh, mask=mask_b1ts)
+  b, t, n, h = q_btnh.shape
+  s, g = k_bsgh.shape[1:3]
+  dtype = jnp.promote_types(q_btnh.dtype, jnp.float32)
+  grouped = q_btnh.reshape(b, t, g, n // g, h).transpose(0, 2, 3, 1, 4)
+  scores = jax.lax.dot_general(
+      grouped.reshape(b, g, n // g * t, h), k_bsgh.transpose(0, 2, 1, 3),
+      (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=dtype,
+  )
+  scores_bgrts = scores.reshape(b, g, n // g, t, s) * h**-0.5
+  least = jnp.finfo(dtype).min * 0.7  # A sum of two of them is not -inf.
+  probs = jax.nn.softmax(jnp.where(mask_b1ts[:, :, None], scores_bgrts, least), axis=-1)
+  mixed = jax.lax.dot_general(
+      probs.astype(v_bsgh.dtype).reshape(b, g, n // g * t, s), v_bsgh.transpose(0, 2, 1, 3),
+      (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=q_btnh.dtype,
+  )
+  return mixed.reshape(b, g, n // g, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
 
 def output(params: Mapping[str, Any], mixed_btnh: jax.Array) -> jax.Array:
