@@ -89,6 +89,8 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> 
 def run(main: Callable[[], None], usage: str | None = None) -> None:
   """Runs a command: `error: ...` and exit code 2 for a UserError or a full disk, no other error.
 
+  A reader of the output who goes away ends it with 141, as a shell says it of a closed pipe.
+
   Args:
     main: called without arguments once the flags are parsed.
     usage: what --help prints above the flags.
@@ -101,6 +103,10 @@ def run(main: Callable[[], None], usage: str | None = None) -> None:
       sys.stdout.flush()
     except errors.UserError as error:
       fail(error)
+    except BrokenPipeError:
+      # Whoever read the output has enough (`| head`); nothing more can be said to them.
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      sys.exit(141)
     except OSError as error:
       full = files.no_room(error.filename or 'the output', error)
       if full is None:

@@ -10,13 +10,13 @@ each config (forward, backward, optimizer) compiled from shapes by the TPU compi
 wheel, with no TPU at hand. Nothing was run. GiB a chip are the compiler's. TFLOP a chip are the
 matrix products of the traced program under even routing, recomputation included, and in brackets
 with every buffer of the experts full, which no routing asks of all chips at once; beside them the
-share that the model asks for. Collectives are executions in a step and the GiB of their largest array times that, loops
-with a constant bound counted as often as they run.
+share that the model asks for. Collectives are executions in a step and the GiB of their largest
+array times that, loops with a constant bound counted as often as they run.
 
 '''
 _COLUMNS = (
     'config', 'chips', 'mesh', 'samples', 'kept GiB', 'temporary GiB', 'of', 'fits',
-    'TFLOP a chip', 'asked', 'collectives (count, GiB)', 'compiled in s',
+    'TFLOP a chip', 'asked', 'collectives (count, GiB)',
 )
 
 
@@ -36,7 +36,7 @@ def row(name: str, result: Mapping[str, Any]) -> list[str]:
       f'{result["flops_a_chip"] / 1e12:.0f} '
       f'({result["flops_of_full_buffers_a_chip"] / 1e12:.0f})',
       f'{result["model_flops_a_chip"] / result["flops_a_chip"]:.0%}',
-      '; '.join(moved), f'{result["seconds"]:.0f}' if fits else '',
+      '; '.join(moved),
   ]
 
 

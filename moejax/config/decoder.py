@@ -96,9 +96,9 @@ class DecoderConfig(Checked):
   d_model, d_head, d_ff: width, width of a head, hidden units of a dense FFN (and of an expert where
   moe.d_ff is not set). num_kv_heads: heads of keys and values, each for num_heads / num_kv_heads of
   queries (arXiv 2305.13245). max_positions: the context, prompt and new tokens together.
-  activation, gated: act(gate x) * (wi x), or act(wi x). attention_bias: of queries, keys and values;
-  attention_out_bias, ffn_bias and head_bias: of the products they name. eos_ids: ids that end a
-  text, the first of which training puts there. moe: what its sparse layers are, or None.
+  activation, gated: act(gate x) * (wi x), or act(wi x). attention_bias: of queries, keys and
+  values; attention_out_bias, ffn_bias and head_bias: of the products they name. eos_ids: ids that
+  end a text, the first of which training puts there. moe: what its sparse layers are, or None.
   norm: 'rms', or 'layer' with bias. qk_norm: RMS norm of queries and keys, over each 'head' or the
   'full' width. clip_qkv: bound on queries, keys and values. rope: None for learned positions, of
   which there are max_positions (plus `position_offset` rows never used). sliding_window: a token

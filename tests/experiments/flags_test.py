@@ -1,5 +1,9 @@
 """Flags and config files: the nearest name, one line, no traceback."""
 
+import pathlib
+import subprocess
+import sys
+
 from absl import flags
 import pytest
 
@@ -142,3 +146,16 @@ def test_a_variant_that_does_not_exist(tmp_path):
   (tmp_path / 'c.py').write_text('def get_config():\n  return 1\n')
   with pytest.raises(errors.UserError, match='has no variants'):
     common.load_config(f'{tmp_path / "c.py"}:big')
+
+
+def test_a_reader_who_goes_away_is_no_error():
+  code = 'from experiments import flags\nflags.run(lambda: [print("x" * 999) for _ in range(999)])'
+  command = [sys.executable, '-c', code]
+  process = subprocess.Popen(
+      command, cwd=pathlib.Path(__file__).parents[2], stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE, text=True,
+  )
+  process.stdout.readline()
+  process.stdout.close()
+  assert process.stderr.read() == ''
+  assert process.wait() == 141
