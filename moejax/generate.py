@@ -60,7 +60,7 @@ class _Rule(NamedTuple):
   temperature: Any
   top_k: Any
   top_p: Any
-  stops_n: Any = ()
+  stops_n: Any
 
 
 def filter_logits(logits_bv: jax.Array, sampling: Sampling | _Rule) -> jax.Array:

@@ -11,7 +11,6 @@ import json
 import os
 import pathlib
 import tempfile
-import time
 from typing import Any
 
 _DUMP = tempfile.TemporaryDirectory(prefix='moejax_pods_')
@@ -98,7 +97,6 @@ def count_flops(jaxpr: Any, experiment: Any, chips: int) -> dict[str, float]:
 def compile_for(experiment: Any, where: plans.Slice) -> dict[str, Any]:
   """Compiles; returns what a chip needs and does, or why it does not fit."""
   mesh = sharding.make_mesh(experiment.mesh, devices(where.topology, where.slices))
-  start = time.perf_counter()
   traced = trace(experiment, mesh)
   result: dict[str, Any] = {
       'mesh': {name: n for name, n in mesh.shape.items() if n > 1},
@@ -115,11 +113,10 @@ def compile_for(experiment: Any, where: plans.Slice) -> dict[str, Any]:
       raise
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return {**result, 'fits': False, 'why': lines[0][:300]}
-  seconds = round(time.perf_counter() - start, 1)
   text = dumped(_DUMP.name)
   if text:
     result['collectives'] = hlo.collectives(text)
-  return {**result, **needs(compiled), 'fits': True, 'seconds': seconds}
+  return {**result, **needs(compiled), 'fits': True}
 
 
 def dumped(folder: str) -> str:

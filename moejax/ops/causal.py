@@ -85,7 +85,7 @@ def attend(
       (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=dtype,
   )
   scores_bgrts = scores.reshape(b, g, n // g, t, s) * h**-0.5
-  least = jnp.finfo(dtype).min * 0.7  # A sum of two of them is not -inf.
+  least = jnp.finfo(dtype).min * 0.7  # Room to take a row's maximum off.
   probs = jax.nn.softmax(jnp.where(mask_b1ts[:, :, None], scores_bgrts, least), axis=-1)
   mixed = jax.lax.dot_general(
       probs.astype(v_bsgh.dtype).reshape(b, g, n // g * t, s), v_bsgh.transpose(0, 2, 1, 3),
