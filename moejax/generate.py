@@ -46,11 +46,12 @@ class Sampling:
       raise UserError(f'top_p = {self.top_p}: in (0, 1]')
 
   @property
-  def way(self) -> str:
-    """What is compiled for it: 'greedy', 'draw' from all tokens, or 'filter' before drawing."""
+  def way(self) -> str | int:
+    """What is compiled for it: 'greedy', 'draw' from all tokens, draw from the so many most
+    probable, or 'filter' them by a sort, which costs more than finding a fixed number."""
     if self.temperature == 0:
       return 'greedy'
-    return 'filter' if self.top_k or self.top_p < 1 else 'draw'
+    return 'filter' if self.top_p < 1 else self.top_k or 'draw'
 
 
 class _Rule(NamedTuple):
@@ -87,7 +88,9 @@ def pick(logits_bv: jax.Array, sampling: Sampling, key: jax.Array) -> jax.Array:
   return _pick(sampling.way, logits_bv, sampling, key)
 
 
-def _pick(way: str, logits_bv: jax.Array, rule: Sampling | _Rule, key: jax.Array) -> jax.Array:
+def _pick(
+    way: str | int, logits_bv: jax.Array, rule: Sampling | _Rule, key: jax.Array
+) -> jax.Array:
   if way == 'greedy':
     return jnp.argmax(logits_bv, axis=-1).astype(jnp.int32)
   keys = jax.vmap(functools.partial(jax.random.fold_in, key))(jnp.arange(logits_bv.shape[0]))
@@ -95,6 +98,9 @@ def _pick(way: str, logits_bv: jax.Array, rule: Sampling | _Rule, key: jax.Array
     logits_bv = filter_logits(logits_bv, rule)
   else:
     logits_bv = logits_bv.astype(jnp.float32) / rule.temperature
+    if isinstance(way, int) and way < logits_bv.shape[-1]:
+      least = jax.lax.top_k(logits_bv, way)[0][:, -1:]
+      logits_bv = jnp.where(logits_bv < least, -jnp.inf, logits_bv)
   return jax.vmap(jax.random.categorical)(keys, logits_bv).astype(jnp.int32)
 
 
@@ -122,7 +128,7 @@ class _Plan:
 
   config: ModelConfig
   slots: int
-  way: str
+  way: str | int
   pad_id: int
   dtype: str
   mesh: Mesh | None
