@@ -39,10 +39,10 @@ def get_config(variant: str = 'v5p-512') -> config.Experiment:
       data=config.DataConfig(encoder_length=512),
       optim=config.OptimConfig(
           optimizer='adafactor', learning_rate=0.01, schedule='rsqrt', warmup_steps=10_000,
-          weight_decay=0.0, scale_by_param_rms=True,
+          weight_decay=0.0,
       ),
       train=config.TrainConfig(
-          steps=500_000, batch_size=samples, compute_dtype='bfloat16', remat=True,
+          steps=500_000, batch_size=samples, compute_dtype='bfloat16', remat=True, scan_layers=True,
           log_every=10, eval_every=1000, checkpoint_every=500,
       ),
   )

@@ -46,7 +46,7 @@ def apply_fn(
       decoder, positions_bt (default 0, 1, ...), segments_bt (packed documents by number, which do
       not see each other), valid_bt (True for real tokens), draws (a router's recorded random
       numbers, by layer path) and microbatches (of a pipeline; 0: as many as stages). All may be
-      left out. A decoder's params may be stacked (`nn.stacking`).
+      left out. Params may be stacked (`nn.stacking`).
   """
   if train and key is None:
     raise ValueError('train=True needs a key for dropout and routing')

@@ -69,8 +69,8 @@ class OptimConfig(Checked):
 
   Schedules after the warm-up: 'constant', 'cosine', 'linear', 'rsqrt' (T5's), and 'wsd', constant
   and then linear over the last `decay_steps`. `scale_by_param_rms` makes rates relative to each
-  parameter's size, as Adafactor does (arXiv 1804.04235, section 8). Rules are (path regex, factor),
-  first match wins.
+  parameter's size, as 'adafactor' always does (arXiv 1804.04235, section 8). Rules are (path regex,
+  factor), first match wins.
   """
 
   section: ClassVar[str] = 'optim.'
@@ -118,11 +118,11 @@ class TrainConfig(Checked):
 
   `max_seconds` over 0 ends a run early, with a checkpoint. `aligned_start`: see `nn.aligned`.
   `peak_flops_per_second` of 0 is measured by a matmul at the start; it is what utilisation is a
-  share of. `scan_layers`: a decoder's layers are stacked and run by one program, which compiles
-  once for all of them; a mesh with a pipeline needs it, and splits each batch into
-  `pipeline_microbatches` (0: as many as stages). A step whose numbers are not finite, or whose loss
-  is over the median of the last steps by `spike_nats` (0: any loss will do), ends the run before
-  a checkpoint holds it; `on_spike` 'skip' leaves the step out instead.
+  share of. `scan_layers`: layers that are alike are stacked and run by one program, which
+  compiles once for all of them; a decoder's mesh with a pipeline needs it, and splits each batch
+  into `pipeline_microbatches` (0: as many as stages). A step whose numbers are not finite, or whose
+  loss is over the median of the last steps by `spike_nats` (0: any loss will do), ends the run
+  before a checkpoint holds it; `on_spike` 'skip' leaves the step out instead.
   """
 
   section: ClassVar[str] = 'train.'

@@ -1,8 +1,8 @@
-"""Stacked decoder layers run by one program: a scan over blocks, or stages of a pipeline.
+"""Stacked layers run by one program: a scan over blocks, or stages of a pipeline.
 
-The pipeline is GPipe's (arXiv 1811.06965), which GRIN trains with: each device of the mesh axis
-'pipeline' holds consecutive blocks, and microbatches pass from stage to stage. With S stages and M
-microbatches S - 1 of M + S - 1 ticks are idle on each stage.
+The pipeline, of decoders, is GPipe's (arXiv 1811.06965), which GRIN trains with: each device of the
+mesh axis 'pipeline' holds consecutive blocks, and microbatches pass from stage to stage. With S
+stages and M microbatches S - 1 of M + S - 1 ticks are idle on each stage.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from moejax import sharding
-from moejax.config import DecoderConfig
+from moejax.config import DecoderConfig, ModelConfig
 from moejax.errors import UserError
 from moejax.nn import stacking
 from moejax.routing import router
@@ -26,16 +26,15 @@ AXIS = 'pipeline'
 
 
 def scan(
-    config: DecoderConfig, blocks: Mapping[str, Any], x_btd: jax.Array, context: Any,
+    step: int, blocks: Mapping[str, Any], x_btd: jax.Array, context: Any,
     key: jax.Array | None, run: RunLayer, *, first: jax.Array | int = 0, remat: bool = False,
 ) -> tuple[jax.Array, dict[int, Routing]]:
   """Runs blocks one after the other; routings are stacked, by place in the period.
 
   Args:
-    blocks: stacked params of n blocks. first: number of the first layer.
-    key: of a training step; layer i draws from fold_in(key, i), as without a scan.
+    step: layers of a block. blocks: stacked params of n blocks. first: number of the first layer.
+    key: of a training step; layer i draws from fold_in(key, i).
   """
-  step = stacking.period(config)
 
   def body(x, inputs):
     params, n = inputs
@@ -52,12 +51,21 @@ def scan(
   return jax.lax.scan(body, x_btd, (dict(blocks), jnp.arange(count)))
 
 
-def by_path(config: DecoderConfig, routings: Mapping[int, Routing]) -> dict[str, Routing]:
+def layer_keys(key: jax.Array | None) -> dict[str, jax.Array] | None:
+  """The named random streams of one layer."""
+  if key is None:
+    return None
+  return {'dropout': jax.random.fold_in(key, 0), 'router': jax.random.fold_in(key, 1)}
+
+
+def by_path(
+    config: ModelConfig, routings: Mapping[int, Routing], stack: str = 'decoder'
+) -> dict[str, Routing]:
   """Stacked routings as one for each layer's path, in order."""
-  step = stacking.period(config)
+  step = stacking.period(config, stack)
   return {
-      f'decoder/layers_{i}/ffn': jax.tree.map(lambda a, n=i // step: a[n], routings[i % step])
-      for i in range(config.num_layers) if i % step in routings
+      f'{stack}/layers_{i}/ffn': jax.tree.map(lambda a, n=i // step: a[n], routings[i % step])
+      for i in range(config.layers_of(stack)) if i % step in routings
   }
 
 
@@ -92,7 +100,7 @@ def pipeline(
   stages, batch = mesh.shape[AXIS], x_btd.shape[0]
   check_pipeline(config, stages, batch, microbatches)
   ticks = microbatches + stages - 1
-  layers = config.num_layers // stages
+  step, layers = stacking.period(config), config.num_layers // stages
 
   def split(a):
     rows = a.reshape(batch // microbatches, microbatches, *a.shape[1:]).swapaxes(0, 1)
@@ -107,7 +115,7 @@ def pipeline(
       x = jnp.where(own == 0, pick(xs), state)
       mine = None if key is None else jax.random.fold_in(key, config.num_layers + part)
       x, routings = scan(
-          config, blocks, x, jax.tree.map(pick, contexts), mine, run, first=own * layers,
+          step, blocks, x, jax.tree.map(pick, contexts), mine, run, first=own * layers,
           remat=remat,
       )
       ring = [(i, (i + 1) % stages) for i in range(stages)]

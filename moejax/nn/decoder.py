@@ -242,7 +242,7 @@ def run_layers(config, stack, x_btd, context, key, mesh, remat, draws):
     module = layer_module(config, i, mesh, key is not None)
     own = dataclasses.replace(context, draws=draws.get(f'decoder/layers_{i}/ffn'))
     run = lambda p, x, k, module=module, own=own: module.apply(
-        {'params': p}, x, own, rngs=layer_keys(k)
+        {'params': p}, x, own, rngs=blocks.layer_keys(k)
     )[:2]
     run = jax.checkpoint(run) if remat else run
     x_btd, routing = run(
@@ -258,25 +258,19 @@ def run_blocks(config, stack, x_btd, context, key, mesh, remat, microbatches=0):
 
   def run(j, params, x, context, key):
     module: Any = layer_module(config, j, mesh, key is not None)
-    return module.apply({'params': params}, x, context, rngs=layer_keys(key))[:2]
+    return module.apply({'params': params}, x, context, rngs=blocks.layer_keys(key))[:2]
 
   own = stack[stacking.BLOCKS]
   stages = 1 if mesh is None else mesh.shape['pipeline']
   if stages == 1:
-    x_btd, routings = blocks.scan(config, own, x_btd, context, key, run, remat=remat)
+    step = stacking.period(config)
+    x_btd, routings = blocks.scan(step, own, x_btd, context, key, run, remat=remat)
   else:
     x_btd, routings = blocks.pipeline(
         config, own, x_btd, context, key, run, mesh=mesh, microbatches=microbatches or stages,
         remat=remat,
     )
   return x_btd, blocks.by_path(config, routings)
-
-
-def layer_keys(key: jax.Array | None) -> dict[str, jax.Array] | None:
-  """The named random streams of one layer."""
-  if key is None:
-    return None
-  return {'dropout': jax.random.fold_in(key, 0), 'router': jax.random.fold_in(key, 1)}
 
 
 def empty_caches(

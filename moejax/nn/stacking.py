@@ -1,9 +1,9 @@
-"""Decoder params with layers that are alike stacked, so that one program runs them all.
+"""Params with layers that are alike stacked, so that one program runs them all.
 
 `decoder/layers_0` ... become `decoder/blocks/layer_j` with a leading axis: block n holds layers
-n * period to (n + 1) * period, and layer_j is the j-th of each. Training scans over blocks and lays
-them over pipeline stages; everything else keeps a layer's params by themselves, since compression
-makes layers differ.
+n * period to (n + 1) * period, and layer_j is the j-th of each; an encoder likewise. Training scans
+over blocks and lays a decoder's over pipeline stages; everything else keeps a layer's params by
+themselves, since compression makes layers differ.
 """
 
 from collections.abc import Mapping
@@ -12,17 +12,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.config import DecoderConfig
+from moejax.config import DecoderConfig, ModelConfig
 
 BLOCKS = 'blocks'
 
 
-def period(config: DecoderConfig) -> int:
+def period(config: ModelConfig, stack: str = 'decoder') -> int:
   """The least number of layers after which kinds of layers repeat; it divides their number."""
-  kinds = [
-      (i in config.sparse_layers(), config.window_of(i)) for i in range(config.num_layers)
-  ]
-  n = config.num_layers
+  n, sparse = config.layers_of(stack), config.sparse_layers(stack)
+  window = config.window_of if isinstance(config, DecoderConfig) else lambda i: None
+  kinds = [(i in sparse, window(i)) for i in range(n)]
   return next(
       p for p in range(1, n + 1)
       if n % p == 0 and all(kinds[i] == kinds[i % p] for i in range(n))
@@ -30,19 +29,24 @@ def period(config: DecoderConfig) -> int:
 
 
 def is_stacked(params: Mapping[str, Any]) -> bool:
-  """Whether a decoder's params are stacked."""
+  """Whether a model's params are stacked."""
   return BLOCKS in params.get('decoder', {})
 
 
-def stack(params: Mapping[str, Any], config: DecoderConfig) -> dict[str, Any]:
+def stack(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
   """Params with layers stacked; arrays, or shapes (ShapeDtypeStructs)."""
-  step, own = period(config), params['decoder']
-  layers = [own[f'layers_{i}'] for i in range(config.num_layers)]
-  blocks = {
-      f'layer_{j}': jax.tree.map(lambda *rows: _join(rows), *layers[j::step]) for j in range(step)
-  }
-  rest = {name: value for name, value in own.items() if not name.startswith('layers_')}
-  return {**params, 'decoder': {**rest, BLOCKS: blocks}}
+
+  def one(name: str) -> dict[str, Any]:
+    step, own = period(config, name), params[name]
+    layers = [own[f'layers_{i}'] for i in range(config.layers_of(name))]
+    blocks = {
+        f'layer_{j}': jax.tree.map(lambda *rows: _join(rows), *layers[j::step])
+        for j in range(step)
+    }
+    rest = {key: value for key, value in own.items() if not key.startswith('layers_')}
+    return {**rest, BLOCKS: blocks}
+
+  return {**params, **{name: one(name) for name in config.stacks}}
 
 
 def _join(rows: tuple[Any, ...]) -> Any:
@@ -51,12 +55,16 @@ def _join(rows: tuple[Any, ...]) -> Any:
   return jnp.stack(rows)
 
 
-def unstack(params: Mapping[str, Any], config: DecoderConfig) -> dict[str, Any]:
+def unstack(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:
   """The inverse of `stack`."""
-  step, own = period(config), params['decoder']
-  rest = {name: value for name, value in own.items() if name != BLOCKS}
-  layers = {
-      f'layers_{i}': jax.tree.map(lambda a, n=i // step: a[n], own[BLOCKS][f'layer_{i % step}'])
-      for i in range(config.num_layers)
-  }
-  return {**params, 'decoder': {**rest, **layers}}
+
+  def one(name: str) -> dict[str, Any]:
+    step, own = period(config, name), params[name]
+    rest = {key: value for key, value in own.items() if key != BLOCKS}
+    layers = {
+        f'layers_{i}': jax.tree.map(lambda a, n=i // step: a[n], own[BLOCKS][f'layer_{i % step}'])
+        for i in range(config.layers_of(name))
+    }
+    return {**rest, **layers}
+
+  return {**params, **{name: one(name) for name in config.stacks}}

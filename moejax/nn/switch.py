@@ -13,6 +13,7 @@ from jax.sharding import Mesh
 
 from moejax import sharding
 from moejax.config import EncDecConfig
+from moejax.nn import blocks, stacking
 from moejax.nn.layers import Attention, DenseFfn, normal, weight
 from moejax.nn.moe import MoeFfn
 from moejax.nn.outputs import Output
@@ -130,12 +131,32 @@ class Stack(nn.Module):
     x = self.dropout(x)
     bias = self.bias(x.shape[1], mask)
     source_bias = attention.mask_bias(source_mask, x.shape[1], causal=False)
+    context = (bias, source_bsd, source_bias, mask)
+    if self.has_variable('params', stacking.BLOCKS):
+      x, routings = self._run_blocks(x, context)
+      return self.finish(x), routings
     routings = {}
     for i, layer in enumerate(self.layers):
-      x, routing = layer(x, bias, source_bsd, source_bias, mask)
+      x, routing = layer(x, *context)
       if routing is not None:
         routings[f'{self.stack}/layers_{i}/ffn'] = routing
     return self.finish(x), routings
+
+  def _run_blocks(self, x: jax.Array, context: Any) -> tuple[jax.Array, dict[str, Routing]]:
+    """The layers where their params are stacked; each draws from a key of its number."""
+    c = self.config
+    sparse = c.sparse_layers(self.stack)
+
+    def run(j, params, x, context, key):
+      layer: Any = Layer(c, self.stack, j in sparse, self.mesh, self.train, parent=None)
+      return layer.apply({'params': params}, x, *context, rngs=blocks.layer_keys(key))
+
+    key = self.make_rng('dropout') if self.train else None
+    x, routings = blocks.scan(
+        stacking.period(c, self.stack), self.get_variable('params', stacking.BLOCKS), x, context,
+        key, run, remat=self.remat,
+    )
+    return x, blocks.by_path(c, routings, self.stack)
 
 
 class Shared(nn.Module):
@@ -213,7 +234,11 @@ def forward(
     mesh: Mesh | None = None,
     remat: bool = False,
 ) -> Output:
-  """Logits of every decoder position; see `moejax.model.apply_fn`."""
+  """Logits of every decoder position; see `moejax.model.apply_fn`.
+
+  params may be stacked (`stacking.stack`): the same result, dropout and jitter apart, whose draws
+  then come from other keys.
+  """
   rngs = None
   if key is not None:
     rngs = {'dropout': jax.random.fold_in(key, 0), 'router': jax.random.fold_in(key, 1)}

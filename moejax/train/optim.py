@@ -97,14 +97,30 @@ def make_optimizer(
   """
   decay_factors = by_rules(config.weight_decay_rules, params, 'optim.weight_decay_rules')
   rate_factors = by_rules(config.learning_rate_rules, params, 'optim.learning_rate_rules')
+  relative = config.scale_by_param_rms or config.optimizer == 'adafactor'
   # Every stage is there, on or off: settings may then change between a checkpoint and its resume.
   return optax.chain(
       optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity(),
       _preconditioner(config, params),
-      optax.scale_by_param_block_rms() if config.scale_by_param_rms else optax.identity(),
+      _each_layer(optax.scale_by_param_block_rms()) if relative else optax.identity(),
       decay_and_scale(config.weight_decay, decay_factors, rate_factors),
       optax.scale_by_learning_rate(schedule(config, steps)),
   )
+
+
+def _each_layer(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+  """A stateless transform of arrays by their RMS, for which each stacked layer is its own array."""
+
+  def update(updates, state, params=None):
+    given = tree.flatten(updates if params is None else params)
+
+    def one(path, u):
+      run = lambda u, p: transform.update(u, state, p)[0]
+      return jax.vmap(run)(u, given[path]) if sharding.STACKED in path else run(u, given[path])
+
+    return tree.map_paths(one, updates), state
+
+  return optax.GradientTransformation(transform.init, update)
 
 
 def _preconditioner(config: config_lib.OptimConfig, params: Any) -> optax.GradientTransformation:
@@ -112,12 +128,11 @@ def _preconditioner(config: config_lib.OptimConfig, params: Any) -> optax.Gradie
   if config.optimizer == 'adamw':
     return adam
   if config.optimizer == 'adafactor':
-    # arXiv 1804.04235 as T5 uses it: factored second moment, updates clipped at RMS 1, rates
-    # relative to the RMS of the parameter (so a rate of 1e-2 is usual).
+    # arXiv 1804.04235 as T5 uses it: factored second moment, updates clipped at RMS 1, and (in
+    # `make_optimizer`) rates relative to the RMS of the parameter, so that 1e-2 is usual.
     return optax.chain(
         optax.scale_by_factored_rms(min_dim_size_to_factor=128),
-        optax.clip_by_block_rms(1.0),
-        optax.scale_by_param_block_rms(),
+        _each_layer(optax.clip_by_block_rms(1.0)),
     )
   if config.optimizer == 'muon':
     labels = tree.map_paths(lambda path, _: 'muon' if _muon_axes(path) else 'adam', params)

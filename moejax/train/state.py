@@ -10,7 +10,6 @@ import optax
 
 from moejax import config as config_lib
 from moejax import model, sharding, tree
-from moejax.errors import UserError
 from moejax.nn import stacking
 from moejax.train import spikes
 
@@ -45,13 +44,8 @@ def stacks(experiment: config_lib.Experiment) -> bool:
 
 def abstract_params(experiment: config_lib.Experiment) -> Any:
   """Shapes of a run's parameters, stacked if it stacks them."""
-  config = experiment.model
-  params = model.abstract_params(config)
-  if not stacks(experiment):
-    return params
-  if not isinstance(config, config_lib.DecoderConfig):
-    raise UserError('train.scan_layers is for decoders: set it to false')
-  return stacking.stack(params, config)
+  params = model.abstract_params(experiment.model)
+  return stacking.stack(params, experiment.model) if stacks(experiment) else params
 
 
 def abstract(
@@ -66,8 +60,8 @@ def abstract(
 def shardings(state: TrainState, mesh: Mesh) -> TrainState:
   """A NamedSharding for each array: optimizer arrays lie as the parameter they belong to.
 
-  An optimizer array belongs to the parameter whose path ends its own path and whose shape it has;
-  the others (counts, factored moments) are replicated.
+  An optimizer array belongs to the parameter whose path ends its own path and whose shape it has,
+  or has but for one axis (a factored moment); the others (counts) are replicated.
   """
   specs = tree.flatten(sharding.param_shardings(state.params, mesh))
   shapes = {path: leaf.shape for path, leaf in tree.flatten(state.params).items()}
@@ -75,10 +69,14 @@ def shardings(state: TrainState, mesh: Mesh) -> TrainState:
 
   def place(key_path, leaf):
     names = [str(getattr(key, 'key', getattr(key, 'name', None))) for key in key_path]
-    for i in range(len(names)):
-      path = '/'.join(names[i:])
-      if path in shapes and shapes[path] == leaf.shape:
-        return specs[path]
+    path = next((p for p in ('/'.join(names[i:]) for i in range(len(names))) if p in shapes), '')
+    shape = shapes.get(path, ())
+    if shape == leaf.shape:
+      return specs.get(path, replicated)
+    for axis in range(len(shape)):
+      if shape[:axis] + shape[axis + 1:] == leaf.shape:
+        axes = (*specs[path].spec, *(None,) * len(shape))[:len(shape)]
+        return NamedSharding(mesh, PartitionSpec(*axes[:axis], *axes[axis + 1:]))
     return replicated
 
   return jax.tree_util.tree_map_with_path(place, state)

@@ -291,7 +291,9 @@ def check_fits(experiment: config_lib.Experiment, mesh: Mesh) -> None:
         f'data.sequence_length = {length} is over the context of the model: raise '
         f'model.max_positions = {model_config.max_positions}'
     )
-  if stages > 1 and isinstance(model_config, config_lib.DecoderConfig):
+  if stages > 1:
+    if not isinstance(model_config, config_lib.DecoderConfig):
+      raise errors.UserError(f'mesh.pipeline = {stages} is for decoders: set it to 1')
     blocks.check_pipeline(model_config, stages, size // parts, micro)
   experts = 0 if model_config.moe is None else model_config.moe.num_experts
   if experts % mesh.shape['expert']:

@@ -36,6 +36,14 @@ def test_one_line_before_anything_is_written(changes, said, tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
+def test_a_pipeline_is_for_decoders(tmp_path):
+  config = CONFIG.with_name('sotu_switch16.py')
+  changes = ['mesh.pipeline=2', 'mesh.data=1', 'train.scan_layers=true']
+  with pytest.raises(errors.UserError, match=r'mesh\.pipeline = 2 is for decoders: set it to 1'):
+    loop.run(flags.load_config(str(config), changes), tmp_path / 'run', hooks=[])
+  assert not (tmp_path / 'run').exists()
+
+
 def test_a_variant_that_is_not_there(tmp_path):
   with pytest.raises(errors.UserError, match=r"no variant 'grinn' \(did you mean 'grin'\?\)"):
     flags.load_config(f'{CONFIG}:grinn')

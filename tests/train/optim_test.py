@@ -108,6 +108,33 @@ def test_adafactor_moves_a_parameter_by_its_own_size():
   jax.tree.map(lambda u: np.testing.assert_allclose(u, -0.03, rtol=1e-3), updates)
 
 
+@pytest.mark.parametrize('changes', [
+    {'optimizer': 'adafactor'}, {'optimizer': 'adafactor', 'scale_by_param_rms': True},
+    {'scale_by_param_rms': True},
+])
+def test_a_stacked_layer_is_updated_as_by_itself(changes):
+  config = config_lib.OptimConfig(
+      learning_rate=0.01, warmup_steps=0, schedule='constant', clip_norm=0.0, **changes
+  )
+  keys = jax.random.split(jax.random.key(0), 3)
+  layers = [
+      {'ffn': {'wi': (i + 1) * jax.random.normal(key, (130, 140))}, 'norm': i + jnp.ones(130)}
+      for i, key in enumerate(keys)
+  ]
+  grads = jax.tree.map(lambda p: jnp.sin(9 * p), layers)
+
+  def update(layers, grads, name):
+    params, grads = ({'decoder': {name: {'layer_0': x}}} for x in (layers, grads))
+    optimizer = optim.make_optimizer(config, 10, params)
+    updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+    return updates['decoder'][name]['layer_0']
+
+  join = lambda trees: jax.tree.map(lambda *rows: jnp.stack(rows), *trees)
+  want = join([update(p, g, 'alone') for p, g in zip(layers, grads)])
+  got = update(join(layers), join(grads), 'blocks')
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), got, want)
+
+
 def test_muon_orthogonalises_each_expert_and_leaves_the_rest_to_adam():
   config = config_lib.OptimConfig(
       optimizer='muon', learning_rate=1.0, warmup_steps=0, schedule='constant', weight_decay=0.0,

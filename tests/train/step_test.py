@@ -28,6 +28,23 @@ def test_same_loss_on_every_mesh(common, name):
   assert losses[5] < losses[0]
 
 
+def test_factored_moments_lie_as_their_parameter(common):
+  made = common.setup(common.experiment(
+      optim__optimizer='adafactor', model__d_model=128, model__d_ff=256, mesh__data=2,
+      mesh__expert=2, mesh__tensor=2,
+  ))
+  places = state_lib.shardings(state_lib.abstract(made.experiment, made.optimizer), made.mesh)
+  specs = {
+      '/'.join(str(getattr(k, 'key', getattr(k, 'name', ''))) for k in keys): place.spec
+      for keys, place in jax.tree_util.tree_leaves_with_path(places.opt_state)
+  }
+  wi = lambda moment: next(
+      tuple(spec) for path, spec in specs.items()
+      if path.endswith(f'{moment}/encoder/layers_0/ffn/experts/wi')
+  )
+  assert wi('v_row') == ('expert', 'data') and wi('v_col') == ('expert', 'tensor')
+
+
 def test_parameters_and_moments_are_sharded_over_data_too(common):
   made = common.setup(common.experiment(mesh__data=2, mesh__expert=2, mesh__tensor=2))
   state = made.fresh()
