@@ -103,7 +103,6 @@ def forward(
   )
 
 
-@functools.partial(jax.jit, static_argnames=('config',))
 def init_params(config: ModelConfig, key: jax.Array) -> Any:
   """Random float32 params: T5's initialisation, or one standard deviation for a decoder."""
   if isinstance(config, DecoderConfig):

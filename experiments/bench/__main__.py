@@ -67,7 +67,7 @@ def measure(suite: str, rounds: int, quick: bool, pythons: Sequence[str]) -> dic
   measurements = tables.merge(rows)
   settings = {
       'rounds': rounds, 'quick': quick, 'threads': suites.THREADS, 'cpus': cpus,
-      'environment': suites.environment(),
+      'environment': suites.environment(quick),
   }
   return {
       'suite': suite, 'machine': machine, 'settings': settings, 'workers': workers,

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from experiments.bench import timing
 from moejax.ops import ffn
@@ -36,15 +37,12 @@ FORMS = {'moejax': ours, 'dense expansion': expansion, 'lax.ragged_dot': ragged}
 
 
 def case_rows(experts: int, tokens: int, active: int, d: int, f: int) -> list[dict[str, Any]]:
-  keys = jax.random.split(jax.random.key(0), 4)
-  x = jax.random.normal(keys[0], (tokens, d))
-  params = {
-      'wi': jax.random.normal(keys[1], (experts, d, f)) * d**-0.5,
-      'wo': jax.random.normal(keys[2], (experts, f, d)) * f**-0.5,
-  }
-  chosen = jnp.arange(active) * (experts // active)
-  owner = chosen[jax.random.randint(keys[3], (tokens,), 0, active)]
-  sizes = jnp.zeros(experts, jnp.int32).at[owner].add(1)
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32))
+  x = draw(tokens, d)
+  params = {'wi': draw(experts, d, f) * d**-0.5, 'wo': draw(experts, f, d) * f**-0.5}
+  owner = rng.integers(0, active, tokens) * (experts // active)
+  sizes = jnp.asarray(np.bincount(owner, minlength=experts), jnp.int32)
   compiled = {n: jax.jit(f).lower(params, x, sizes).compile() for n, f in FORMS.items()}
   calls = {
       n: (lambda c=c: jax.block_until_ready(c(params, x, sizes))) for n, c in compiled.items()

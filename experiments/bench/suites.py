@@ -77,9 +77,11 @@ def pin() -> list[int]:
   return cpus
 
 
-def environment() -> dict[str, str]:
+def environment(quick: bool) -> dict[str, str]:
   """The variables every worker gets; flags for XLA and JAX from outside do not reach it."""
   threads = {f'{n}_NUM_THREADS': str(THREADS) for n in ('OMP', 'OPENBLAS', 'MKL')}
+  if quick:  # Tiny sizes say nothing about speed.
+    threads['XLA_FLAGS'] = '--xla_backend_optimization_level=0'
   return {
       'JAX_PLATFORMS': 'cpu', 'HF_HUB_OFFLINE': '1', 'TRANSFORMERS_VERBOSITY': 'error', **threads
   }
@@ -131,7 +133,7 @@ def run_worker(worker: Worker, python: str, quick: bool) -> tuple[dict[str, Any]
   kept = {k: v for k, v in os.environ.items() if not k.startswith(('XLA_', 'JAX_'))}
   done = subprocess.run(
       [python, '-m', f'experiments.bench.{worker.module}', *(['--quick'] if quick else [])],
-      env={**kept, **environment()}, cwd=ROOT, capture_output=True, text=True, check=False,
+      env={**kept, **environment(quick)}, cwd=ROOT, capture_output=True, text=True, check=False,
   )
   if done.returncode:
     last = (done.stderr.strip().splitlines() or [f'exit status {done.returncode}'])[-1]

@@ -6,6 +6,7 @@ by layer from disk, or with a cache.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -315,6 +316,14 @@ def step(
   return head(config, params, x_btd[:, -1:])[:, 0], tuple(new)
 
 
+@functools.partial(jax.jit, static_argnames=('module',))
+def _init_layer(module: DecoderLayer, key: jax.Array) -> Any:
+  """Params of a layer; layers that are alike share one program."""
+  positions = jnp.zeros((1, 2), jnp.int32)
+  context = make_context(module.config, positions, positions, length=2, tokens_bt=positions)
+  return module.init(key, jnp.zeros((1, 2, module.config.d_model)), context)['params']
+
+
 def init(config: DecoderConfig, key: jax.Array) -> dict[str, Any]:
   """Random float32 params."""
   keys = jax.random.split(key, config.num_layers + 3)
@@ -323,16 +332,10 @@ def init(config: DecoderConfig, key: jax.Array) -> dict[str, Any]:
   shared = {'embedding': table(keys[0], (v, d))}
   if config.rope is None:
     shared['positions'] = table(keys[1], (config.max_positions + config.position_offset, d))
-  x = jnp.zeros((1, 2, d))
-  positions = jnp.zeros((1, 2), jnp.int32)
-  context = make_context(config, positions, positions, length=2, tokens_bt=positions)
-  stack: dict[str, Any] = {}
-  of_module: dict[DecoderLayer, Any] = {}  # Layers that are alike are traced once.
-  for i in range(config.num_layers):
-    module = layer_module(config, i)
-    if module not in of_module:
-      of_module[module] = jax.jit(lambda k, m=module: m.init(k, x, context)['params'])
-    stack[f'layers_{i}'] = of_module[module](keys[3 + i])
+  stack: dict[str, Any] = {
+      f'layers_{i}': _init_layer(layer_module(config, i), keys[3 + i])
+      for i in range(config.num_layers)
+  }
   stack['final_norm'] = jnp.ones((d,))
   if config.norm == 'layer':
     stack['final_norm_bias'] = jnp.zeros((d,))

@@ -4,6 +4,7 @@ Layers can be run one at a time (`Layer.attend`, `Layer.feed_forward`), so that 
 than memory is walked with one layer's parameters.
 """
 
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -248,6 +249,7 @@ def forward(
   return output
 
 
+@functools.partial(jax.jit, static_argnames=('config',))
 def init(config: EncDecConfig, key: jax.Array) -> Any:
   """Random float32 params, T5's initialisation."""
   tokens = jnp.zeros((1, 2), jnp.int32)

@@ -81,7 +81,8 @@ def test_one_run_of_the_study(tmp_path):
            'model.d_head=16', 'model.num_heads=2', 'model.num_kv_heads=1', 'train.steps=4',
            'train.batch_size=2', 'train.eval_every=2', 'train.eval_batches=1', 'train.log_every=1',
            'data.sequence_length=32', 'optim.warmup_steps=1', 'optim.decay_steps=1',
-           'model.vocab_size=300', 'mesh.data=1']
+           'model.vocab_size=300', 'mesh.data=1',
+           'data.train_files=["experiments/data/sotu.tar.xz::sotu/???1_*.txt"]']
   run = command.train('speeches/grin/0', tmp_path / 'run', small)
   assert [row['step'] for row in run['evaluations']] == [2, 4]
   assert run['evaluations'][0]['router_entropy'] > 0 and run['tokens_per_second'] > 0

@@ -17,7 +17,7 @@ CONFIG = pathlib.Path(__file__).parents[2] / 'configs' / 'grin_tiny.py'
     (['moe.top_k=9'], r'moe\.top_k = 9: at most moe\.num_experts = 8'),
     (['moe.router="switch"'], r"moe\.top_k = 2: router 'switch' chooses one expert"),
     (['moe.router="sparsmixer_v2"'], r"moe\.router = 'sparsmixer_v2'.*did you mean"),
-    (['mesh.expert=3', 'mesh.data=1'], r'train\.batch_size = 16 must be a multiple'),
+    (['mesh.expert=3', 'mesh.data=1'], r'train\.batch_size = 8 must be a multiple'),
     (['mesh.expert=3', 'train.batch_size=6', 'mesh.data=1'],
      r'moe\.num_experts = 8 does not divide over mesh\.expert = 3'),
     (['mesh.data=64', 'train.batch_size=64'], r'needs 64 devices, found'),
