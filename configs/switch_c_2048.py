@@ -3,10 +3,10 @@
   python -m experiments.train --config configs/switch_c_2048.py:v5p-512 --workdir gs://B/switch \
     --set 'data.train_files=["/data/*.txt"]' --set data.tokenizer=/data/tokenizer.json
 
-A variant is a slice: the chips and how they are divided. None has been compiled or run yet:
-`python -m experiments.pods --only switch_c` says what they ask of a chip. Tokens go to their
-experts by all-to-all in buffers of twice the even share; Adafactor without momentum keeps two
-vectors a matrix, as the paper trained it.
+A variant is a slice: the chips and how they are divided. Those of v5p have been compiled and fit
+(`python -m experiments.pods --only switch_c`), those of v6e have not; none has been run. Tokens go
+to their experts by all-to-all in buffers of twice the even share, on v6e within one of the four
+slices; Adafactor without momentum keeps two vectors a matrix, as the paper trained it.
 """
 
 import dataclasses
@@ -20,9 +20,9 @@ SLICES = {
     'v5p-512': (config.MeshConfig(data=1, expert=512), 2048),
     'v5p-512-data': (config.MeshConfig(data=4, expert=128), 2048),
     'v5p-512-tensor': (config.MeshConfig(data=1, expert=128, tensor=4), 2048),
-    'v6e-1024': (config.MeshConfig(data=1, expert=1024), 2048),
-    'v6e-1024-data': (config.MeshConfig(data=4, expert=256), 2048),
-    'v6e-1024-tensor': (config.MeshConfig(data=1, expert=256, tensor=4), 2048),
+    'v6e-1024': (config.MeshConfig(data=4, expert=256), 2048),
+    'v6e-1024-data': (config.MeshConfig(data=8, expert=128), 2048),
+    'v6e-1024-tensor': (config.MeshConfig(data=4, expert=64, tensor=4), 2048),
 }
 
 
