@@ -96,10 +96,11 @@ def test_clipping_bounds_the_global_norm():
   np.testing.assert_allclose(optax.tree.norm(adam.mu), 0.1, rtol=1e-5)
 
 
-def test_adafactor_moves_a_parameter_by_its_own_size():
+@pytest.mark.parametrize('asked', [False, True])
+def test_adafactor_moves_a_parameter_by_its_own_size_once(asked):
   config = config_lib.OptimConfig(
       optimizer='adafactor', learning_rate=0.01, warmup_steps=0, schedule='constant',
-      weight_decay=0.0, clip_norm=0.0,
+      weight_decay=0.0, clip_norm=0.0, scale_by_param_rms=asked,
   )
   optimizer = optim.make_optimizer(config, 10, PARAMS)
   params = jax.tree.map(lambda p: 3.0 * p, PARAMS)
