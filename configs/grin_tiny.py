@@ -2,10 +2,10 @@
 
   python -m experiments.train --config configs/grin_tiny.py:grin --workdir runs/grin
 
-`python -m experiments.study` trains and compares all of them; a run is sized for about eight minutes
-on two CPU cores, in float32, whose step took less than bfloat16's there. Variants, after a colon,
-on the State of the Union speeches; with -mix after the name on speeches, essays and manuals in
-equal parts (`python -m experiments.study.texts` fetches these):
+`python -m experiments.study` trains and compares all of them; a run is sized for about eight
+minutes on two CPU cores, in float32, whose step took less than bfloat16's there. Variants, after a
+colon, on the State of the Union speeches; with -mix after the name on speeches, essays and manuals
+in equal parts (`python -m experiments.study.texts` fetches these):
   dense        no experts; a token meets the same FFN width as elsewhere
   switch       top-1 of 8 experts
   gshard       top-2 with its random second expert
