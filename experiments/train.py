@@ -17,7 +17,7 @@ from experiments import flags as common
 from experiments import processes
 from moejax import config, files
 from moejax.errors import UserError
-from moejax.train import loop
+from moejax.train import host_memory, loop
 
 _STOPPED = 75  # exit code of a run that a signal stopped: run it again to go on
 
@@ -32,6 +32,8 @@ def main() -> None:
         f'{flags.FLAGS.config} returns a {type(experiment).__name__}, no training run; try '
         'configs/sotu_switch16.py'
     )
+  if host_memory.runs_on_cpu():
+    host_memory.keep_freed()
   processes.join()
   stopped = common.stop_on_signals()
   result = loop.run(experiment, str(_WORKDIR.value), should_stop=stopped)

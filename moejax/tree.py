@@ -57,6 +57,17 @@ def replace(params: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
   }
 
 
+def norm(params: Any) -> jax.Array:
+  """The L2 norm of all arrays together, float32 []."""
+
+  def square(x):
+    # Behind a barrier it is not the square that an optimizer wants, which XLA would store for both.
+    return jnp.sum(jnp.square(jax.lax.optimization_barrier(x).astype(jnp.float32)))
+
+  squares = map(square, jax.tree.leaves(params))
+  return jnp.sqrt(sum(squares, jnp.float32(0)))
+
+
 def first_match(rules: Sequence[tuple[str, V]], path: str) -> V:
   """The value of the first rule whose regex matches the whole path; none raises UserError."""
   for pattern, value in rules:

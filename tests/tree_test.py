@@ -34,6 +34,12 @@ def test_first_match_and_no_match():
     tree.first_match([('a/.*', 1)], 'b')
 
 
+def test_norm_of_all_arrays():
+  params = {'a': np.full((2, 3), 2.0, np.float32), 'b': {'c': jnp.bfloat16(5.0)}}
+  np.testing.assert_allclose(tree.norm(params), 7.0, rtol=1e-6)
+  assert tree.norm({}) == 0.0
+
+
 def test_cast_floats_spares_codes():
   cast = tree.cast_floats(jax.tree.map(jnp.asarray, PARAMS), jnp.bfloat16)
   assert cast['a']['wi'].dtype == jnp.bfloat16

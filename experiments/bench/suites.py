@@ -78,12 +78,19 @@ def pin() -> list[int]:
 
 
 def environment(quick: bool) -> dict[str, str]:
-  """The variables every worker gets; flags for XLA and JAX from outside do not reach it."""
+  """The variables every worker gets; flags for XLA and JAX from outside do not reach it.
+
+  All keep the memory they free, as `moejax.train.host_memory` has it in training.
+  """
   threads = {f'{n}_NUM_THREADS': str(THREADS) for n in ('OMP', 'OPENBLAS', 'MKL')}
   if quick:  # Tiny sizes say nothing about speed.
     threads['XLA_FLAGS'] = '--xla_backend_optimization_level=0'
+  memory = {
+      'MALLOC_ARENA_MAX': '1', 'MALLOC_MMAP_MAX_': '0', 'MALLOC_TRIM_THRESHOLD_': str(2**62)
+  }
   return {
-      'JAX_PLATFORMS': 'cpu', 'HF_HUB_OFFLINE': '1', 'TRANSFORMERS_VERBOSITY': 'error', **threads
+      'JAX_PLATFORMS': 'cpu', 'HF_HUB_OFFLINE': '1', 'TRANSFORMERS_VERBOSITY': 'error', **threads,
+      **memory,
   }
 
 

@@ -20,6 +20,7 @@ CHECKED: tuple[Case, ...] = (
     Case('all_on_one', (600, 0, 0, 0), 0, 128, 128),
     Case('all_on_the_last', (0, 0, 0, 300), 5, 128, 256),
     Case('tails', (257, 31, 33, 300), 19, 136, 200),
+    Case('nearly_even', (40, 30, 38, 32), 3, 72, 40),
     Case('whole_tiles', (128, 256, 128), 0, 128, 128),
 )
 

@@ -1,4 +1,4 @@
-"""Grouped matmul as a loop over the experts that have tokens, in two static row buckets.
+"""Grouped matmul as a loop over the experts that have tokens, in static row buckets.
 
 Work and memory follow the tokens: an expert without tokens costs nothing, and no array of
 [tokens, experts] or of all experts' outputs exists. `jax.lax.ragged_dot` on CPU computes every
@@ -6,20 +6,23 @@ expert for every token instead, so it is not used there.
 """
 
 from collections.abc import Callable
+import functools
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-LARGE_ROWS = 256
-SMALL_ROWS = 32
+LARGE_ROWS, MIDDLE_ROWS, SMALL_ROWS = 256, 64, 16
 
 
 def row_buckets(rows: int) -> tuple[int, ...]:
-  """Static block sizes for an input of `rows` rows, falling, without one that no group fills."""
-  if rows < SMALL_ROWS:
-    return (min(8, 1 << max(rows - 1, 0).bit_length()),)
-  return (SMALL_ROWS,) if rows < LARGE_ROWS else (LARGE_ROWS, SMALL_ROWS)
+  """Static block sizes for an input of `rows` rows, falling, none larger than it."""
+  if rows >= LARGE_ROWS:
+    return LARGE_ROWS, MIDDLE_ROWS, SMALL_ROWS
+  # One size: a program for few rows had better be small.
+  size = min(rows, 2 * SMALL_ROWS if rows >= 2 * SMALL_ROWS else 8)
+  return (size,) if size else ()
 
 
 def loop_over_experts(
@@ -44,7 +47,8 @@ def loop_over_blocks(
 ) -> Any:
   """Folds body(first_row, rows_left, static_size, carry) over one expert's rows.
 
-  Full blocks of the larger sizes first; only the last block of all may reach past the rows.
+  Full blocks of the larger sizes first; only the last block of all may reach past the rows, see
+  `block_of`.
   """
   done: Any = 0
   for size in buckets:
@@ -57,6 +61,15 @@ def loop_over_blocks(
     carry = jax.lax.fori_loop(0, count, block, carry)
     done += count * size
   return carry
+
+
+def block_of(
+    first: jax.Array, left: jax.Array, size: int, total: int
+) -> tuple[jax.Array, jax.Array]:
+  """Where a block starts so that it lies within `total` rows, and which of its rows are its own."""
+  start = jnp.minimum(first, total - size)
+  row_m = start + jnp.arange(size)
+  return start, ((row_m >= first) & (row_m < first + left))[:, None]
 
 
 def grouped_matmul(
@@ -80,23 +93,23 @@ def grouped_matmul(
   """
   m = x_md.shape[0]
   buckets = row_buckets(m)
-  padded = jnp.pad(x_md, ((0, buckets[0]), (0, 0)))
   contract = (((1,), (1 if transpose else 0,)), ((), ()))
 
   def expert(e, start, rows, y):
     w = get_expert(e).astype(x_md.dtype)
 
     def block(first, left, size, y):
-      x_block = jax.lax.dynamic_slice_in_dim(padded, first, size)
+      at, own = block_of(first, left, size, m)
+      x_block = jax.lax.dynamic_slice_in_dim(x_md, at, size)
       y_block = jax.lax.dot_general(x_block, w, contract, preferred_element_type=jnp.float32)
-      return jax.lax.dynamic_update_slice_in_dim(y, y_block.astype(y.dtype), first, 0)
+      y_block = jnp.where(
+          own, y_block.astype(y.dtype), jax.lax.dynamic_slice_in_dim(y, at, size)
+      )
+      return jax.lax.dynamic_update_slice_in_dim(y, y_block, at, 0)
 
     return loop_over_blocks(start, rows, buckets, block, y)
 
-  # A block may spill rows past its group: the next group overwrites them, the mask ends the last.
-  y = jnp.zeros((m + buckets[0], out_dim), x_md.dtype)
-  y = loop_over_experts(group_sizes_e, expert, y)[:m]
-  return jnp.where((jnp.arange(m) < group_sizes_e.sum())[:, None], y, jnp.zeros((), y.dtype))
+  return loop_over_experts(group_sizes_e, expert, jnp.zeros((m, out_dim), x_md.dtype))
 
 
 def product(
@@ -110,19 +123,49 @@ def product(
 
 
 def outer(x_md: jax.Array, dy_mf: jax.Array, group_sizes_e: jax.Array, dtype: Any) -> jax.Array:
-  """See `api.outer`."""
+  """See `api.outer`. Groups of nearly even sizes are padded to one, and are one batched product."""
+  evens = even_sizes(x_md.shape[0], group_sizes_e.shape[0])
+  if not evens:
+    return _outer_in_blocks(x_md, dy_mf, group_sizes_e, dtype)
+  branches = [functools.partial(_outer_padded, rows=rows, dtype=dtype) for rows in evens]
+  branches.append(functools.partial(_outer_in_blocks, dtype=dtype))
+  least = (group_sizes_e.max() > jnp.array(evens)).sum()
+  return jax.lax.switch(least, branches, x_md, dy_mf, group_sizes_e)
+
+
+def even_sizes(rows: int, groups: int) -> tuple[int, ...]:
+  """Rows to which nearly even groups are padded, rising.
+
+  None where groups have few rows, or so many that full blocks are as quick.
+  """
+  mean = rows / groups
+  if not 2 * SMALL_ROWS <= mean <= LARGE_ROWS:
+    return ()
+  return tuple(16 * math.ceil(mean * factor / 16) for factor in (1.25, 1.5, 2.0))
+
+
+def _outer_padded(x_md, dy_mf, group_sizes_e, rows, dtype):
+  starts_e = jnp.cumsum(group_sizes_e) - group_sizes_e
+  place_er = starts_e[:, None] + jnp.arange(rows)[None]
+  own_er = jnp.arange(rows)[None] < group_sizes_e[:, None]
+  gather = lambda a: a.at[place_er].get(mode='clip')
+  x_erd = jnp.where(own_er[..., None], gather(x_md), jnp.zeros((), x_md.dtype))
+  return jax.lax.dot_general(
+      x_erd, gather(dy_mf), (((1,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32
+  ).astype(dtype)
+
+
+def _outer_in_blocks(x_md, dy_mf, group_sizes_e, dtype):
   m, d = x_md.shape
   f = dy_mf.shape[1]
   buckets = row_buckets(m)
-  pad = ((0, buckets[0]), (0, 0))
-  x_padded, dy_padded = jnp.pad(x_md, pad), jnp.pad(dy_mf, pad)
 
   def expert(e, start, rows, dw):
     def block(first, left, size, acc):
-      x_block = jax.lax.dynamic_slice_in_dim(x_padded, first, size)
-      dy_block = jax.lax.dynamic_slice_in_dim(dy_padded, first, size)
-      own = (jnp.arange(size) < left)[:, None]
+      at, own = block_of(first, left, size, m)
+      x_block = jax.lax.dynamic_slice_in_dim(x_md, at, size)
       x_block = jnp.where(own, x_block, jnp.zeros((), x_block.dtype))
+      dy_block = jax.lax.dynamic_slice_in_dim(dy_mf, at, size)
       return acc + jax.lax.dot_general(
           x_block, dy_block, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
       )

@@ -83,14 +83,17 @@ def attend(
   scores = jax.lax.dot_general(
       grouped.reshape(b, g, n // g * t, h), k_bsgh.transpose(0, 2, 1, 3),
       (((3,), (3,)), ((0, 1), (0, 1))), preferred_element_type=dtype,
-  )
-  scores_bgrts = scores.reshape(b, g, n // g, t, s) * h**-0.5
+  ).reshape(b, g, n // g, t, s)
   least = jnp.finfo(dtype).min * 0.7  # Room to take a row's maximum off.
-  probs = jax.nn.softmax(jnp.where(mask_b1ts[:, :, None], scores_bgrts, least), axis=-1)
+  scores = jnp.where(mask_b1ts[:, :, None], scores, least)
+  top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+  # Divided by their sum after the product with the values, which has fewer columns.
+  parts = jnp.exp((scores - top) * h**-0.5)
   mixed = jax.lax.dot_general(
-      probs.astype(v_bsgh.dtype).reshape(b, g, n // g * t, s), v_bsgh.transpose(0, 2, 1, 3),
-      (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=q_btnh.dtype,
-  )
+      parts.astype(v_bsgh.dtype).reshape(b, g, n // g * t, s), v_bsgh.transpose(0, 2, 1, 3),
+      (((3,), (2,)), ((0, 1), (0, 1))), preferred_element_type=dtype,
+  ) / parts.sum(-1).reshape(b, g, n // g * t, 1)
+  mixed = mixed.astype(q_btnh.dtype)
   return mixed.reshape(b, g, n // g, t, h).transpose(0, 3, 1, 2, 4).reshape(b, t, n, h)
 
 

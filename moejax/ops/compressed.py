@@ -65,9 +65,8 @@ def node_gradient(x_md: jax.Array, node: Any, group_sizes_e: jax.Array, dy_mf: j
   leaves, structure = jax.tree.flatten(node)
   floating = [jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in leaves]
   floats = [jnp.asarray(a, jnp.float32) for a, is_float in zip(leaves, floating) if is_float]
-  buckets = grouped.row_buckets(x_md.shape[0])
-  pad = ((0, buckets[0]), (0, 0))
-  x, dy = jnp.pad(x_md, pad), jnp.pad(dy_mf.astype(x_md.dtype), pad)
+  m = x_md.shape[0]
+  buckets = grouped.row_buckets(m)
 
   def rows_of(e, floats):
     values = iter(floats)
@@ -76,9 +75,10 @@ def node_gradient(x_md: jax.Array, node: Any, group_sizes_e: jax.Array, dy_mf: j
 
   def expert(e, start, rows, sums):
     def block(first, left, size, acc):
-      x_block = jax.lax.dynamic_slice_in_dim(x, first, size)
-      own = (jnp.arange(size) < left)[:, None]
-      dy_block = jnp.where(own, jax.lax.dynamic_slice_in_dim(dy, first, size), 0)
+      at, own = grouped.block_of(first, left, size, m)
+      x_block = jax.lax.dynamic_slice_in_dim(x_md, at, size)
+      dy_block = jax.lax.dynamic_slice_in_dim(dy_mf.astype(x_md.dtype), at, size)
+      dy_block = jnp.where(own, dy_block, jnp.zeros((), dy_block.dtype))
       return acc + jax.lax.dot_general(
           dy_block, x_block, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32
       )

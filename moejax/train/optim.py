@@ -100,12 +100,23 @@ def make_optimizer(
   relative = config.scale_by_param_rms or config.optimizer == 'adafactor'
   # Every stage is there, on or off: settings may then change between a checkpoint and its resume.
   return optax.chain(
-      optax.clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity(),
+      _clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity(),
       _preconditioner(config, params),
       _each_layer(optax.scale_by_param_block_rms()) if relative else optax.identity(),
       decay_and_scale(config.weight_decay, decay_factors, rate_factors),
       optax.scale_by_learning_rate(schedule(config, steps)),
   )
+
+
+def _clip_by_global_norm(most: float) -> optax.GradientTransformation:
+  """optax's, by `tree.norm`."""
+
+  def update(updates, state, params=None):
+    del params
+    factor = most / jnp.maximum(tree.norm(updates), most)
+    return jax.tree.map(lambda u: u * factor.astype(u.dtype), updates), state
+
+  return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def _each_layer(transform: optax.GradientTransformation) -> optax.GradientTransformation:

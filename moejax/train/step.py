@@ -9,7 +9,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import optax
 
 from moejax import config as config_lib
-from moejax import errors, model, sharding
+from moejax import errors, model, sharding, tree
 from moejax.nn import blocks
 from moejax.routing import estimators
 from moejax.routing import losses as losses_lib
@@ -28,7 +28,9 @@ def cross_entropy(
 ) -> tuple[jax.Array, jax.Array]:
   """Returns -log softmax(logits)[target], float32 [b, t] in nats, and where it is the top logit."""
   logits_btv = logits_btv.astype(jnp.float32)
-  picked = jnp.take_along_axis(logits_btv, targets_bt[..., None], axis=-1)[..., 0]
+  # A sum whose gradient is a selection, where that of a gather would be a scatter.
+  own_btv = targets_bt[..., None] == jnp.arange(logits_btv.shape[-1])[None, None]
+  picked = jnp.sum(jnp.where(own_btv, logits_btv, 0.0), axis=-1)
   hit = picked >= jax.lax.stop_gradient(logits_btv).max(axis=-1)
   return jax.nn.logsumexp(logits_btv, axis=-1) - picked, hit
 
@@ -225,14 +227,14 @@ def train_step(
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   metrics = _finish_routing(metrics)
-  metrics['grad_norm'] = optax.tree.norm(grads)
+  metrics['grad_norm'] = tree.norm(grads)
   loss, train = metrics['cross_entropy'], experiment.train
   bad = spikes.is_bad(loss, metrics['grad_norm'], state.recent_losses, train.spike_nats)
   if train.on_spike == 'skip':
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(bad, b, a), new, old)
     params, opt_state = keep(params, state.params), keep(opt_state, state.opt_state)
   metrics['bad_steps'] = bad.astype(jnp.float32)
-  metrics['param_norm'] = optax.tree.norm(params)
+  metrics['param_norm'] = tree.norm(params)
   metrics['tokens'] = count_tokens(batch, experiment.model)
   new = state_lib.TrainState(
       step=state.step + 1, params=params, opt_state=opt_state,
