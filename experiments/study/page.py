@@ -30,12 +30,12 @@ def rows(runs: Mapping[str, Any], corpus: str) -> list[list[str]]:
   """A row a variant: seeds, steps, last loss, speed, and the routers' health."""
   grouped = records.by_variant(runs, corpus)
   dense = grouped.get('dense', [])
-  base = statistics.fmean(run['tokens_per_second'] for run in dense) if dense else 0.0
+  base = statistics.median(run['tokens_per_second'] for run in dense) if dense else 0.0
   out = []
   for variant in filter(grouped.__contains__, LABELS):
     own = grouped[variant]
     last = [run['evaluations'][-1] for run in own]
-    speed = statistics.fmean(run['tokens_per_second'] for run in own)
+    speed = statistics.median(run['tokens_per_second'] for run in own)
     mean = lambda name, last=last: (
         spread([row[name] for row in last], 2) if name in last[0] else ''
     )
@@ -61,7 +61,8 @@ def markdown(result: Mapping[str, Any]) -> str:
       f'Written by `python -m experiments.study` on {result["machine"]["cpu"]}, '
       f'{result["machine"]["cores"]} cores; jax {result["jax"]}. Config and seeds: '
       '`configs/grin_tiny.py`; every run in `evidence/study.json`. Losses are means over seeds '
-      'with the sample standard deviation. Entropies are in nats: ln 8 = 2.08 is even.', '',
+      'with the sample standard deviation, times and speeds medians. Entropies are in nats: '
+      'ln 8 = 2.08 is even.', '',
   ]
   for corpus, title in CORPORA.items():
     table = rows(result['runs'], corpus)
@@ -108,7 +109,7 @@ def _curves(axes: Any, variant: str, runs: list[Any]) -> None:
   """One variant's three curves; a band from the least to the most over seeds."""
   steps = [row['step'] for row in runs[0]['evaluations']]
   at = lambda name: list(zip(*([row[name] for row in run['evaluations']] for run in runs)))
-  colour, seconds = _COLOURS[variant], [statistics.fmean(s) for s in at('seconds')]
+  colour, seconds = _COLOURS[variant], [statistics.median(s) for s in at('seconds')]
   for ax, x, name in ((axes[0], steps, 'loss'), (axes[1], seconds, 'loss'),
                       (axes[2], steps, 'router_entropy')):
     if name in runs[0]['evaluations'][0]:
