@@ -1,7 +1,8 @@
-"""Trains what the study still lacks, one run after the other, and writes its page and pictures.
+"""Times the study's models, trains what it still lacks, and writes its page and pictures.
 
-Takes hours on two cores; runs that are in --out already are not trained again, so it can be stopped
-and started. The mix wants `experiments.study.texts` first.
+The variants are timed in turn, a few steps each, before the first long run: give it a machine that
+does nothing else until then. Training takes hours on two cores; what is in --out already is not
+done again, so it can be stopped and started. The mix wants `experiments.study.texts` first.
 
 Example:
   python -m experiments.study --corpus speeches --seeds 0,1,2
@@ -24,6 +25,7 @@ from moejax import errors, files
 
 FLAGS = flags.FLAGS
 ROOT = pathlib.Path(__file__).parents[2]
+TIMED_STEPS = 16
 
 
 def train(name: str, workdir: pathlib.Path, changes: Sequence[str]) -> dict[str, Any]:
@@ -46,12 +48,23 @@ def train(name: str, workdir: pathlib.Path, changes: Sequence[str]) -> dict[str,
   return records.of_run(workdir)
 
 
+def speeds(workdir: pathlib.Path, changes: Sequence[str]) -> dict[str, float]:
+  """Tokens a second of every variant: medians of a few steps, one variant after the other."""
+  short = [f'train.steps={TIMED_STEPS}', 'train.log_every=1', 'train.checkpoint_every=0',
+           'data.valid_files=[]', *changes]
+  found = {}
+  for variant in page.LABELS:
+    run = train(f'speeches/{variant}/0', workdir / variant, short)
+    found[variant] = run['tokens_per_second']
+  return found
+
+
 def write(result: dict[str, Any]) -> None:
   """The JSON of all runs, a picture a corpus, and the page with what was written by hand."""
   files.write_json(f'{FLAGS.out}.json', result)
   for corpus in page.CORPORA:
     if records.by_variant(result['runs'], corpus):
-      files.write_whole(f'{FLAGS.out}_{corpus}.png', page.draw(result['runs'], corpus))
+      files.write_whole(f'{FLAGS.out}_{corpus}.png', page.draw(result, corpus))
   path = pathlib.Path(FLAGS.page)
   _, _, by_hand = (path.read_text() if path.is_file() else '').partition(page.MARKER)
   files.write_whole(path, page.markdown(result) + by_hand.lstrip('\n'))
@@ -62,8 +75,11 @@ def main() -> None:
   for written in (path, FLAGS.page, *(f'{FLAGS.out}_{corpus}.png' for corpus in page.CORPORA)):
     files.require_writable(written)
   result: dict[str, Any] = files.read_json(path) if path.is_file() else {
-      'machine': suites.machine(), 'jax': jax.__version__, 'runs': {}
+      'machine': suites.machine(), 'jax': jax.__version__, 'speeds': [], 'runs': {}
   }
+  for i in range(len(result['speeds']), FLAGS.rounds):
+    result['speeds'].append(speeds(pathlib.Path(FLAGS.workdir) / f'speed_{i}', FLAGS.set))
+    write(result)
   names = [
       f'{corpus}/{variant}/{seed}' for corpus in FLAGS.corpus or page.CORPORA
       for seed in FLAGS.seeds for variant in page.LABELS
@@ -80,6 +96,7 @@ def define_flags() -> None:
   """Defines the flags of the command."""
   flags.DEFINE_multi_enum('corpus', [], sorted(page.CORPORA), 'Default: all.')
   flags.DEFINE_list('seeds', ['0', '1', '2'], 'Seeds of parameters and order.')
+  flags.DEFINE_integer('rounds', 3, 'Times every variant so often.', lower_bound=1)
   flags.DEFINE_string('out', 'experiments/evidence/study', 'Writes OUT.json, OUT_CORPUS.png.')
   flags.DEFINE_string('page', 'experiments/RESULTS.md', 'The page.')
   flags.DEFINE_string('workdir', 'runs/study', 'Folder of the runs.')

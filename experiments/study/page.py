@@ -26,24 +26,22 @@ def spread(values: list[float], digits: int) -> str:
   return f'{mean} ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else mean
 
 
-def rows(runs: Mapping[str, Any], corpus: str) -> list[list[str]]:
+def rows(result: Mapping[str, Any], corpus: str) -> list[list[str]]:
   """A row a variant: seeds, steps, last loss, speed, and the routers' health."""
-  grouped = records.by_variant(runs, corpus)
-  dense = grouped.get('dense', [])
-  base = statistics.median(run['tokens_per_second'] for run in dense) if dense else 0.0
+  grouped, rounds = records.by_variant(result['runs'], corpus), result['speeds']
   out = []
   for variant in filter(grouped.__contains__, LABELS):
     own = grouped[variant]
     last = [run['evaluations'][-1] for run in own]
-    speed = statistics.median(run['tokens_per_second'] for run in own)
+    speed = statistics.median(at[variant] for at in rounds)
+    relative = statistics.median(at[variant] / at['dense'] for at in rounds)
     mean = lambda name, last=last: (
         spread([row[name] for row in last], 2) if name in last[0] else ''
     )
     out.append([
         LABELS[variant], str(len(own)), str(last[0]['step']),
-        spread([row['loss'] for row in last], 4), f'{speed:,.0f}',
-        f'{speed / base:.0%}' if base else '', mean('router_entropy'), mean('load_entropy'),
-        mean('dropped'), mean('no_router_gradient'),
+        spread([row['loss'] for row in last], 4), f'{speed:,.0f}', f'{relative:.0%}',
+        mean('router_entropy'), mean('load_entropy'), mean('dropped'), mean('no_router_gradient'),
     ])
   return out
 
@@ -61,11 +59,13 @@ def markdown(result: Mapping[str, Any]) -> str:
       f'Written by `python -m experiments.study` on {result["machine"]["cpu"]}, '
       f'{result["machine"]["cores"]} cores; jax {result["jax"]}. Config and seeds: '
       '`configs/grin_tiny.py`; every run in `evidence/study.json`. Losses are means over seeds '
-      'with the sample standard deviation, times and speeds medians. Entropies are in nats: '
-      'ln 8 = 2.08 is even.', '',
+      'with the sample standard deviation. Speeds are medians over '
+      f'{len(result["speeds"])} rounds in which the variants took turns, shares of dense those '
+      'within a round; seconds in the pictures follow from them, evaluation and compilation left '
+      'out. Entropies are in nats: ln 8 = 2.08 is even.', '',
   ]
   for corpus, title in CORPORA.items():
-    table = rows(result['runs'], corpus)
+    table = rows(result, corpus)
     if table:
       lines += [f'## On {title}', '']
       lines += ['| ' + ' | '.join(cells) + ' |' for cells in (_COLUMNS, ['---'] * 10, *table)]
@@ -73,7 +73,7 @@ def markdown(result: Mapping[str, Any]) -> str:
   return '\n'.join([*lines, MARKER, ''])
 
 
-def draw(runs: Mapping[str, Any], corpus: str) -> bytes:
+def draw(result: Mapping[str, Any], corpus: str) -> bytes:
   """PNG: loss by step and by time, router entropy by step, and expert load by layer.
 
   Raises:
@@ -83,14 +83,15 @@ def draw(runs: Mapping[str, Any], corpus: str) -> bytes:
     from matplotlib import figure
   except ImportError as error:
     raise UserError("pictures need matplotlib: install 'moejax[report]'") from error
-  grouped = records.by_variant(runs, corpus)
+  grouped = records.by_variant(result['runs'], corpus)
   routed = [v for v in LABELS if v in grouped and grouped[v][0]['load']]
   canvas = figure.Figure(figsize=(13, 4 + 2.2 * len(routed)), dpi=100, layout='constrained')
   parts: Any = canvas.subfigures(2, 1, height_ratios=(4, 2.2 * max(len(routed), 1)))
   top, bottom = parts
   curves = top.subplots(1, 3)
   for variant in filter(grouped.__contains__, LABELS):
-    _curves(curves, variant, grouped[variant])
+    speed = statistics.median(at[variant] for at in result['speeds'])
+    _curves(curves, variant, grouped[variant], grouped[variant][0]['tokens_per_step'] / speed)
   for ax, (x, y) in zip(curves, (('step', 'validation loss (nats a token)'),
                                  ('seconds in steps', 'validation loss (nats a token)'),
                                  ('step', 'router entropy (nats)'))):
@@ -105,11 +106,11 @@ def draw(runs: Mapping[str, Any], corpus: str) -> bytes:
   return content.getvalue()
 
 
-def _curves(axes: Any, variant: str, runs: list[Any]) -> None:
+def _curves(axes: Any, variant: str, runs: list[Any], seconds_per_step: float) -> None:
   """One variant's three curves; a band from the least to the most over seeds."""
   steps = [row['step'] for row in runs[0]['evaluations']]
   at = lambda name: list(zip(*([row[name] for row in run['evaluations']] for run in runs)))
-  colour, seconds = _COLOURS[variant], [statistics.median(s) for s in at('seconds')]
+  colour, seconds = _COLOURS[variant], [step * seconds_per_step for step in steps]
   for ax, x, name in ((axes[0], steps, 'loss'), (axes[1], seconds, 'loss'),
                       (axes[2], steps, 'router_entropy')):
     if name in runs[0]['evaluations'][0]:

@@ -13,19 +13,21 @@ def of_lines(lines: Iterable[str]) -> dict[str, Any]:
   """The record of a run from the lines of its metrics.jsonl.
 
   Returns:
-    tokens_per_second: the median over intervals. evaluations: step, seconds spent in steps until
-    then (compilation and evaluation left out), validation loss in nats a token, and the means of
-    MEANS where the model has routers. load: by layer, the experts' shares at the last evaluation.
+    tokens_per_step. tokens_per_second: the median over intervals, evaluation left out. evaluations:
+    step, validation loss in nats a token, and the means of MEANS where the model has routers. load:
+    by layer, the experts' shares at the last evaluation.
   """
   rows = [json.loads(line) for line in lines]
   train = [row for row in rows if row['kind'] == 'train' and 'seconds_per_step' in row]
   evaluations = [row for row in rows if row['kind'] == 'eval']
-  per_step = statistics.median(row['seconds_per_step'] for row in train)
-  last = evaluations[-1]
+  last = evaluations[-1] if evaluations else {}
   return {
+      'tokens_per_step': round(statistics.median(
+          row['tokens_per_second'] * row['seconds_per_step'] for row in train
+      )),
       'tokens_per_second': statistics.median(row['tokens_per_second'] for row in train),
       'evaluations': [
-          {'step': row['step'], 'seconds': round(row['step'] * per_step, 2), 'loss': row['loss'],
+          {'step': row['step'], 'loss': row['loss'],
            **{name: row[name] for name in MEANS if name in row}}
           for row in evaluations
       ],
