@@ -51,7 +51,7 @@ def train(name: str, workdir: pathlib.Path, changes: Sequence[str]) -> dict[str,
 def speeds(workdir: pathlib.Path, changes: Sequence[str]) -> dict[str, float]:
   """Tokens a second of every variant: medians of a few steps, one variant after the other."""
   short = [f'train.steps={TIMED_STEPS}', 'train.log_every=1', 'train.checkpoint_every=0',
-           'data.valid_files=[]', *changes]
+           'optim.warmup_steps=1', 'optim.decay_steps=1', 'data.valid_files=[]', *changes]
   found = {}
   for variant in page.LABELS:
     run = train(f'speeches/{variant}/0', workdir / variant, short)
