@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import pathlib
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
 from absl import flags
@@ -48,13 +49,14 @@ def train(name: str, workdir: pathlib.Path, changes: Sequence[str]) -> dict[str,
   return records.of_run(workdir)
 
 
-def speeds(workdir: pathlib.Path, changes: Sequence[str]) -> dict[str, float]:
+def speeds(changes: Sequence[str]) -> dict[str, float]:
   """Tokens a second of every variant: medians of a few steps, one variant after the other."""
   short = [f'train.steps={TIMED_STEPS}', 'train.log_every=1', 'train.checkpoint_every=0',
            'optim.warmup_steps=1', 'optim.decay_steps=1', 'data.valid_files=[]', *changes]
   found = {}
   for variant in page.LABELS:
-    run = train(f'speeches/{variant}/0', workdir / variant, short)
+    with tempfile.TemporaryDirectory() as folder:
+      run = train(f'speeches/{variant}/0', pathlib.Path(folder), short)
     found[variant] = run['tokens_per_second']
   return found
 
@@ -77,8 +79,8 @@ def main() -> None:
   result: dict[str, Any] = files.read_json(path) if path.is_file() else {
       'machine': suites.machine(), 'jax': jax.__version__, 'speeds': [], 'runs': {}
   }
-  for i in range(len(result['speeds']), FLAGS.rounds):
-    result['speeds'].append(speeds(pathlib.Path(FLAGS.workdir) / f'speed_{i}', FLAGS.set))
+  for _ in range(len(result['speeds']), FLAGS.rounds):
+    result['speeds'].append(speeds(FLAGS.set))
     write(result)
   names = [
       f'{corpus}/{variant}/{seed}' for corpus in FLAGS.corpus or page.CORPORA
