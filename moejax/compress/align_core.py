@@ -1,0 +1,85 @@
+"""Order of an expert's hidden units: two experts matched unit by unit (M-SMoE, 2310.01334, 3.1).
+
+An expert computes the same in any order of its hidden units. Matching puts the units of several
+experts in one order, so that their weights can be averaged. An expert is a mapping of wi and, where
+gated, gate [d, f], wo [f, d], and biases wi_bias, gate_bias [f], wo_bias [d] where it has them.
+"""
+
+from collections.abc import Mapping
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import optimize
+
+from moejax.ops import ffn
+from moejax.ops.linear import linear
+
+EPS = 1e-7
+
+
+@jax.jit
+def _product(a_fn: jax.Array, b_fn: jax.Array) -> jax.Array:
+  return jnp.einsum('an,bn->ab', a_fn, b_fn, precision='highest')
+
+
+def profit(
+    reference: Mapping[str, Any], expert: Mapping[str, Any], include_wo: bool = True
+) -> jax.Array:
+  """Inner products of the weights of every pair of units, float32 [f, f]; see `match`.
+
+  Sums over wi, over gate where there is one, and over wo unless it is left out.
+  """
+  units = {name: jnp.swapaxes(jnp.asarray(reference[name], jnp.float32), 0, 1)
+           for name in ('wi', 'gate') if name in reference}
+  theirs = {name: jnp.swapaxes(jnp.asarray(expert[name], jnp.float32), 0, 1) for name in units}
+  if include_wo:
+    units['wo'], theirs['wo'] = (jnp.asarray(e['wo'], jnp.float32) for e in (reference, expert))
+  return sum(_product(units[name], theirs[name]) for name in units)
+
+
+def correlation(reference_mf: np.ndarray, expert_mf: np.ndarray) -> np.ndarray:
+  """Pearson correlation of every pair of hidden units over tokens, float32 [f, f]; see `match`.
+
+  Unbiased moments over m >= 2 tokens; 1e-7 is added to the product of the deviations.
+  """
+  a, b = (np.asarray(h, np.float32) for h in (reference_mf, expert_mf))
+  a, b = a - a.mean(0), b - b.mean(0)
+  deviation = [np.sqrt((h * h).sum(0) / (len(a) - 1)) for h in (a, b)]
+  return a.T @ b / (len(a) - 1) / (np.outer(*deviation) + np.float32(EPS))
+
+
+def hidden_units(expert: Mapping[str, Any], x_md: np.ndarray, activation: str) -> np.ndarray:
+  """What wo multiplies, [m, f]; rows are padded to a power of two, so that few shapes compile."""
+  rows = 1 << max(len(x_md) - 1, 15).bit_length()
+  padded = np.pad(np.asarray(x_md), ((0, rows - len(x_md)), (0, 0)))
+  return np.asarray(_hidden_units(dict(expert), padded, activation))[: len(x_md)]
+
+
+@functools.partial(jax.jit, static_argnames=('activation',))
+def _hidden_units(expert, x_md, activation):
+  def product(name):
+    y = linear(x_md, expert[name])
+    return y + expert[f'{name}_bias'][None] if f'{name}_bias' in expert else y
+
+  act = ffn.ACTIVATIONS[activation]
+  return act(product('gate')) * product('wi') if 'gate' in expert else act(product('wi'))
+
+
+def match(profit_ff: jax.typing.ArrayLike) -> np.ndarray:
+  """The order that maximises the sum of profit[a, order[a]], int32 [f]: for unit a of the
+  reference, the expert's unit that goes in its place (SciPy's assignment solver)."""
+  return optimize.linear_sum_assignment(np.asarray(profit_ff), maximize=True)[1].astype(np.int32)
+
+
+def permute(expert: Mapping[str, Any], order_f: jax.typing.ArrayLike) -> dict[str, Any]:
+  """The expert with its hidden units in another order; its outputs stay the same."""
+  order = np.asarray(order_f)
+  out = dict(expert)
+  for name in ('wi', 'gate', 'wi_bias', 'gate_bias'):
+    if name in expert:
+      out[name] = expert[name][..., order]
+  out['wo'] = expert['wo'][order]
+  return out
