@@ -1,12 +1,16 @@
 """Similarity, grouping, alignment and merging against the arrays of MC-SMoE's published code."""
 
+import functools
 import importlib.util
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from moejax.compress import align_core, grouping_core, merge_core, similarity_core, stats_core
+from moejax.model import apply_fn
 
 _SPEC = importlib.util.spec_from_file_location(
     'mcsmoe_vectors', Path(__file__).with_name('mcsmoe_vectors.py')
@@ -183,38 +187,89 @@ def check(made, merged, tag, layer, labels, atol=1e-5):
       np.testing.assert_allclose(got, want[name][list(index).index(holder)], rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize('tag', [
+TAGS = (
     'freq_aligned', 'freq_noalign', 'freq_permute_in_group', 'freq_reversed_aligned',
     'average_aligned', 'fisher_aligned', 'zip_weight_freq', 'zip_activation_freq', 'prune_replace',
     'merge_noncore_only', 'merge_all_noncore_to_one',
-])
-def test_operators(tag, switch, stats, grouping, merged, aligned):
-  for layer in MERGED:
+)
+
+
+@pytest.fixture(scope='module')
+def make(switch, stats, grouping, merged, aligned):
+  """(tag, layer) -> (merged experts, labels)."""
+
+  @functools.cache
+  def made(tag, layer):
     labels, core = labels_of(grouping, layer)
-    usage = stats[f'usage/{layer}']
-    plain = switch.experts(layer)
+    usage, plain = stats[f'usage/{layer}'], switch.experts(layer)
     if tag == 'prune_replace':
-      made = merge_core.pick(plain, core)
-    elif tag.startswith('zip'):
-      made = zipped(plain, labels, usage, switch.inputs_of(layer), tag == 'zip_activation_freq')
-    elif tag == 'freq_permute_in_group':
+      return merge_core.pick(plain, core), labels
+    if tag.startswith('zip'):
+      by_activations = tag == 'zip_activation_freq'
+      return zipped(plain, labels, usage, switch.inputs_of(layer), by_activations), labels
+    if tag == 'freq_permute_in_group':
       for group in range(labels.max() + 1):
         members = np.flatnonzero(labels == group)
         plain, _ = merge_core.in_one_order(plain, members[0], members=members)
-      made = merge_core.weighted(plain, labels, usage)
-    elif tag.startswith('merge_'):
+      return merge_core.weighted(plain, labels, usage), labels
+    if tag.startswith('merge_'):
       labels = grouping_core.beside_dominant(
           grouping_core.Groups(core, labels), together=tag == 'merge_all_noncore_to_one'
       )
-      made = merge_core.weighted(aligned[layer], labels, usage, unused='zero')
-    elif tag == 'fisher_aligned':
+      return merge_core.weighted(aligned[layer], labels, usage, unused='zero'), labels
+    if tag == 'fisher_aligned':
       f = vectors.ours(merged[f'fisher/wi/{layer}'], merged[f'fisher/wo/{layer}'])
-      made = merge_core.fisher(aligned[layer], labels, f)
-    else:
-      experts = plain if tag == 'freq_noalign' else aligned[layer]
-      weights = {'freq_reversed_aligned': 1 - usage, 'average_aligned': np.ones(8)}.get(tag, usage)
-      made = merge_core.weighted(experts, labels, weights)
+      return merge_core.fisher(aligned[layer], labels, f), labels
+    experts = plain if tag == 'freq_noalign' else aligned[layer]
+    weights = {'freq_reversed_aligned': 1 - usage, 'average_aligned': np.ones(8)}.get(tag, usage)
+    return merge_core.weighted(experts, labels, weights), labels
+
+  return made
+
+
+@pytest.mark.parametrize('tag', TAGS)
+def test_operators(tag, make, merged):
+  for layer in MERGED:
+    made, labels = make(tag, layer)
     check(made, merged, tag, layer, labels, 1e-4 if tag == 'fisher_aligned' else 1e-5)
+
+
+@pytest.fixture(scope='module')
+def model(switch, tmp_path_factory):
+  return switch.model(tmp_path_factory.mktemp('hf') / 'model')
+
+
+def test_logits_of_the_merged_models(make, merged, model, switch):
+  """Each slot of a layer given its group's expert: the published model, whole."""
+  tokens, decoder, mask, _ = switch.batch(4)
+  run = jax.jit(
+      lambda params: apply_fn(model.config, params, tokens, decoder, encoder_mask=mask).logits_btv
+  )
+  np.testing.assert_allclose(run(model.params), switch.data['out/logits'][:4], atol=1e-5)
+  for tag in TAGS:
+    params = jax.tree.map(lambda x: x, model.params)
+    for layer in MERGED:
+      made, labels = make(tag, layer)
+      stack, block, ffn = vectors.layer_path(layer)
+      params[stack][block][ffn]['experts'] = {
+          name: jnp.asarray(w)[labels] for name, w in made.items()
+      }
+    np.testing.assert_allclose(run(params), merged[f'{tag}/logits'], atol=1e-4, err_msg=tag)
+
+
+def test_similarities_by_gradients(switch, stats, model):
+  loss, grads = jax.jit(jax.value_and_grad(lambda p: switch.loss(model.config, p)))(model.params)
+  np.testing.assert_allclose(loss, switch.data['out/loss'], rtol=1e-6)
+  for layer in LAYERS:
+    stack, block, ffn = vectors.layer_path(layer)
+    own = grads[stack][block][ffn]['experts']
+    np.testing.assert_allclose(
+        similarity_core.weight(own), stats[f'sim/gradient/{layer}'], atol=2e-5
+    )
+    np.testing.assert_allclose(
+        similarity_core.weight_gradient(switch.experts(layer), own),
+        stats[f'sim/weight-gradient/{layer}'], atol=2e-5,
+    )
 
 
 def zipped(experts, labels, usage, inputs, by_activations):
@@ -304,10 +359,9 @@ def test_experts_with_biases():
     np.testing.assert_array_equal(groups.labels, data[f'labels_paper_rule/{layer}'])
     published = grouping_core.assign_as_published(data[f'sim/{layer}'], usage[layer], count)
     np.testing.assert_array_equal(published.labels, data[f'labels_reference/{layer}'])
-    moved, orders = merge_core.in_one_order(experts, 0)
+    _, orders = merge_core.in_one_order(experts, 0)
     np.testing.assert_array_equal(orders, data[f'perm/{layer}'])
     made = merge_core.weighted(experts, groups.labels, usage[layer], eps=float(data['eps']))
-    del moved
     holders = sorted(set(data[f'out/rep/{layer}'].tolist()))
     for slot, holder in enumerate(data[f'out/rep/{layer}']):
       for name, theirs in (('wi', 'fc1.weight'), ('wo', 'fc2.weight'), ('wi_bias', 'fc1.bias'),
