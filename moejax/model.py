@@ -111,9 +111,10 @@ def init_params(config: ModelConfig, key: jax.Array) -> Any:
 
 
 def abstract_params(config: ModelConfig, dtype: Any = jnp.float32) -> Any:
-  """Shapes and dtypes of a model's params; nothing is allocated."""
+  """Shapes of a model's params, in `dtype` unless they are integers; nothing is allocated."""
   params = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-  return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, dtype), params)
+  own = lambda a: dtype if jnp.issubdtype(a.dtype, jnp.floating) else a.dtype
+  return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, own(a)), params)
 
 
 @functools.lru_cache(maxsize=16)

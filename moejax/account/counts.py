@@ -40,7 +40,7 @@ def part_of(path: str) -> str:
   names = path.split('/')
   if 'experts' in names:
     return 'experts'
-  if 'router' in names:
+  if 'router' in names or names[-1] == 'expert_map':
     return 'router'
   if path == 'shared/embedding' or names[0] == 'lm_head':
     return 'embedding'
@@ -67,12 +67,22 @@ def experts_a_token(config: ModelConfig, experts: int) -> int:
   return min(moe.top_k, experts)
 
 
+def _is_map(path: str) -> bool:
+  return path.endswith('/expert_map')
+
+
 def _met(path: str, shape: tuple[int, ...], config: ModelConfig) -> int:
   """The parameters of a weight that a token meets."""
-  size = math.prod(shape)
+  size = 0 if _is_map(path) else math.prod(shape)
   if part_of(path) != 'experts':
     return size
   return size // shape[0] * experts_a_token(config, shape[0])
+
+
+def parameters(params: Mapping[str, Any]) -> int:
+  """Logical parameters: nodes count the weights they stand for, merged experts once, maps not."""
+  flat = tree.flatten(params)
+  return tree.count({path: leaf for path, leaf in flat.items() if not _is_map(path)})
 
 
 def active_parameters(params: Mapping[str, Any], config: ModelConfig) -> int:
@@ -153,7 +163,7 @@ def summary(
       'stored_bytes': sum(parts.values()),
       'expert_bytes': parts.get('experts', 0),
       'bytes_by_part': parts,
-      'parameters': tree.count(params),
+      'parameters': parameters(params),
       'expert_parameters': expert_weights,
       'active_parameters_per_token': active_parameters(params, config),
       'flops_per_token': flops_per_token(config, source, target, params),
@@ -185,7 +195,7 @@ def layers(
     size, bits = math.prod(leaf.shape), stored_bits(leaf)
     met = _met(path, tuple(leaf.shape), config)
     expert = part_of(path) == 'experts'
-    row['parameters'] += size
+    row['parameters'] += 0 if _is_map(path) else size
     row['active_parameters'] += met
     row['stored_bits'] += bits
     row['flops'] += path_flops(path, tuple(leaf.shape), config, source, target)

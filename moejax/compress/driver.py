@@ -54,7 +54,8 @@ class _Context:
 
   def __init__(self, config, acts, calibration, work, layer, limit, special):
     self.config = config
-    self.num_experts = config.moe.num_experts
+    stack, name, _ = layer.split('/')
+    self.num_experts = config.of_layer(stack, int(name.removeprefix('layers_'))).moe.held
     self._acts, self._calibration, self._work, self._layer = acts, calibration, work, layer
     self._limit, self._special = limit, special
 
@@ -343,7 +344,7 @@ class _Walk:
         name: self.source.read(p) for name, p in leaves.items()
         if isinstance(self.source.abstract(p), weights.WeightNode)
     }
-    for expert in range(self.config.moe.num_experts):
+    for expert in range(self.source.abstract(next(iter(leaves.values()))).shape[0]):
       own = {
           name: np.asarray(
               nodes[name].expert(expert, jnp.float32) if name in nodes

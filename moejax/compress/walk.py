@@ -54,15 +54,14 @@ def layer(
   sparse = index in config.sparse_layers(stack)
   if isinstance(config, DecoderConfig):
     # Layers alike compile once.
-    window = config.window_of(index)
-    alike = next(
-        i for i in range(config.num_layers)
-        if config.window_of(i) == window and (i in config.sparse_layers()) == sparse
+    kind = lambda i: (
+        config.window_of(i), i in config.sparse_layers(), config.of_layer('decoder', i)
     )
+    alike = next(i for i in range(config.num_layers) if kind(i) == kind(index))
     return _decoder_layer(config, alike, params, x, mask)
   kind = 'sparse' if sparse else 'dense'
   return _encdec_layer(
-      config, stack, kind, params, stack_params, x, mask, source, source_mask
+      config.of_layer(stack, index), stack, kind, params, stack_params, x, mask, source, source_mask
   )
 
 
@@ -76,6 +75,7 @@ def _encdec_layer(config, stack, kind, params, stack_params, x, mask, source, so
   if kind == 'dense':
     return shell.apply(own, x, mask, method='feed_forward')[0], None, None
   _, routing = shell.apply(own, x, mask, method='route')
+  routing = shell.apply(own, routing, method=lambda module, r: module.ffn.lead(r))
   return x, (routing.choice_mk, routing.gate_mk, routing.keep_mk), None
 
 
@@ -89,6 +89,7 @@ def _decoder_layer(config, index, params, x, mask):
   if not shell.sparse:
     return shell.apply(own, x, context, method='feed_forward')[0], None, None
   normed, routing = shell.apply(own, x, context, method='route')
+  routing = shell.apply(own, routing, method=lambda module, r: module.ffn.lead(r))
   beside = None
   if config.moe.shared_d_ff:
     beside = shell.apply(own, normed, method=lambda module, y: module.ffn.beside(y))

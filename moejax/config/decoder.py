@@ -5,7 +5,7 @@ import dataclasses
 from typing import ClassVar
 
 from moejax.config.encdec import ACTIVATIONS
-from moejax.config.moe import MoeConfig, require, require_known
+from moejax.config.moe import MoeConfig, check_layer_experts, require, require_known
 from moejax.settings import Checked
 
 NORMS = ('rms', 'layer')
@@ -180,6 +180,7 @@ class DecoderConfig(Checked):
           'model.rope.short_factor', f'{len(self.rope.short_factor)} values',
           f'must be {rotated // 2}, one for each frequency',
       )
+    check_layer_experts(self.moe, len(self.sparse_layers()))
 
   @property
   def d_rotated(self) -> int:
@@ -200,6 +201,12 @@ class DecoderConfig(Checked):
         i for i in range(self.num_layers)
         if (i + 1) % self.moe.sparse_step == 0 and i not in self.moe.dense_layers
     )
+
+  def of_layer(self, stack: str, index: int) -> 'DecoderConfig':
+    """The config of one layer: the same, but for the number of experts that it holds."""
+    if self.moe is None or not self.moe.layer_experts or index not in self.sparse_layers(stack):
+      return self
+    return dataclasses.replace(self, moe=self.moe.of_layer(self.sparse_layers().index(index)))
 
   def window_of(self, layer: int) -> int | None:
     """How many tokens a token of this layer sees, itself included; None for all before it."""

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 import dataclasses
 from typing import ClassVar
 
-from moejax.config.moe import MoeConfig, require, require_known
+from moejax.config.moe import MoeConfig, check_layer_experts, require, require_known
 from moejax.settings import Checked
 
 ACTIVATIONS = ('relu', 'gelu', 'gelu_new', 'silu')
@@ -83,6 +83,9 @@ class EncDecConfig(Checked):
         self.family == 'switch' or self.moe is None, 'model.moe', self.moe,
         "must be null for family 't5'",
     )
+    check_layer_experts(
+        self.moe, sum(len(self.sparse_layers(stack)) for stack in ('encoder', 'decoder'))
+    )
 
   def layers_of(self, stack: str) -> int:
     """Layers of 'encoder' or 'decoder'."""
@@ -96,6 +99,15 @@ class EncDecConfig(Checked):
     if step == 0:
       return ()
     return tuple(i for i in range(self.layers_of(stack)) if step == 1 or i % step == 1)
+
+  def of_layer(self, stack: str, index: int) -> 'EncDecConfig':
+    """The config of one layer: the same, but for the number of experts that it holds."""
+    if self.moe is None or not self.moe.layer_experts or index not in self.sparse_layers(stack):
+      return self
+    place = self.sparse_layers(stack).index(index)
+    if stack == 'decoder':
+      place += len(self.sparse_layers('encoder'))
+    return dataclasses.replace(self, moe=self.moe.of_layer(place))
 
   def init_std(self, inputs: int) -> float:
     """Standard deviation of a fresh weight with so many inputs (T5's)."""

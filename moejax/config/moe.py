@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 from moejax.errors import UserError, did_you_mean
 from moejax.settings import Checked
@@ -50,6 +50,10 @@ class MoeConfig(Checked):
     'local', each of `balance_groups` parts of them alone (0: each device's part); 'pooled', all
     layers as one, as Hugging Face does.
   router_ignore_padding_tokens: padding goes to no expert and counts in no loss.
+  layer_experts: experts that each sparse layer holds, in the model's order, where compression left
+    other numbers of them; one number holds for all layers, none for num_experts in every one.
+  merged: the router still chooses among num_experts, and a layer's `expert_map` says to which of
+    the fewer experts that it holds a choice leads.
   """
 
   section: ClassVar[str] = 'moe.'
@@ -77,6 +81,8 @@ class MoeConfig(Checked):
   balance: str = 'global'
   balance_groups: int = 0
   router_ignore_padding_tokens: bool = False
+  layer_experts: tuple[int, ...] = ()
+  merged: bool = False
 
   def __post_init__(self):
     super().__post_init__()
@@ -86,6 +92,16 @@ class MoeConfig(Checked):
     require(
         self.top_k <= self.num_experts, 'moe.top_k', self.top_k,
         f'at most moe.num_experts = {self.num_experts}',
+    )
+    least = 1 if self.merged else self.top_k
+    for held in self.layer_experts:
+      require(
+          least <= held <= self.num_experts, 'moe.layer_experts', self.layer_experts,
+          f'each between {least} and moe.num_experts = {self.num_experts}',
+      )
+    require(
+        bool(self.layer_experts) or not self.merged, 'moe.merged', True,
+        'moe.layer_experts must say how many experts each layer holds',
     )
     single = ('switch', 'sparsemixer_v1')
     require(
@@ -113,4 +129,26 @@ class MoeConfig(Checked):
     require(
         self.capacity_factor is None or self.capacity_factor > 0,
         'moe.capacity_factor', self.capacity_factor, 'above 0',
+    )
+
+  @property
+  def held(self) -> int:
+    """Experts of this layer; of a layer's own config (`of_layer`)."""
+    return self.layer_experts[0] if self.layer_experts else self.num_experts
+
+  def of_layer(self, place: int) -> Self:
+    """The settings of the sparse layer that is `place`-th of the model."""
+    if not self.layer_experts:
+      return self
+    held = self.layer_experts[place if len(self.layer_experts) > 1 else 0]
+    choices = self.num_experts if self.merged else held
+    return dataclasses.replace(self, num_experts=choices, layer_experts=(held,))
+
+
+def check_layer_experts(moe: MoeConfig | None, sparse_layers: int) -> None:
+  """Raises UserError unless moe.layer_experts fits the number of sparse layers."""
+  if moe is not None:
+    require(
+        len(moe.layer_experts) in (0, 1, sparse_layers), 'moe.layer_experts', moe.layer_experts,
+        f'one number for all, or {sparse_layers}, one for each sparse layer',
     )

@@ -24,7 +24,17 @@ Progress = Callable[[Iterable, int], Iterable]
 
 
 def entries(config: ModelConfig, found: Files | None = None) -> tuple[rules.Entry, ...]:
-  """Every leaf of a model with the Hugging Face tensors it is made of, as found or as written."""
+  """Every leaf of a model with the Hugging Face tensors it is made of, as found or as written.
+
+  Raises:
+    UserError: layers hold different numbers of experts, or merged ones.
+  """
+  if config.moe is not None and config.moe.layer_experts:
+    raise UserError(
+        f'layers that hold {config.moe.layer_experts} experts'
+        f'{" behind an expert map" if config.moe.merged else ""}: transformers knows one number of '
+        'experts for all layers, each with its own row of the router; keep the moejax format'
+    )
   family = FAMILIES[config.family]
   return rules.expand(family.rules(config, found), family.sizes(config), family.layers(config))
 

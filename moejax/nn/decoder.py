@@ -128,7 +128,8 @@ def layer_module(
 ) -> DecoderLayer:
   """The shell of layer `index`."""
   return DecoderLayer(
-      config, index in config.sparse_layers(), config.window_of(index), mesh, train
+      config.of_layer('decoder', index), index in config.sparse_layers(), config.window_of(index),
+      mesh, train,
   )
 
 

@@ -4,13 +4,14 @@ from typing import Any
 
 from flax import linen as nn
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moejax import sharding
 from moejax.config import ModelConfig
 from moejax.nn.layers import ffn_params, norm_params, normal, weight
 from moejax.ops import ffn, moe, norm
-from moejax.routing import router
+from moejax.routing import remap, router
 from moejax.routing.draws import Draws
 from moejax.routing.types import Routing
 
@@ -54,7 +55,7 @@ class Experts(nn.Module):
   def __call__(self, x_btd: jax.Array, routing: Routing) -> tuple[jax.Array, Routing]:
     c = self.config
     m: Any = c.moe
-    params = ffn_params(self, c, (m.num_experts,), getattr(m, 'd_ff', None))
+    params = ffn_params(self, c, (m.held,), getattr(m, 'd_ff', None))
     rate = max(c.dropout_rate, m.expert_dropout_rate) if self.train else 0.0
     y, keep_mk = moe.moe_ffn(
         params, x_btd, routing, c.activation, mesh=self.mesh, dropout_rate=rate,
@@ -81,7 +82,11 @@ class SharedExpert(nn.Module):
 
 
 class MoeFfn(nn.Module):
-  """x + dropout(sum of gate * expert(norm(x))); returns the routing too."""
+  """x + dropout(sum of gate * expert(norm(x))); returns the routing too.
+
+  config: of this layer (`of_layer`). The routing is that of the router's own choices, also where
+  merged experts stand behind them.
+  """
 
   config: ModelConfig
   mesh: Mesh | None = None
@@ -94,6 +99,9 @@ class MoeFfn(nn.Module):
     self.experts = Experts(c, self.mesh, self.train)
     if getattr(c.moe, 'shared_d_ff', 0):
       self.shared = SharedExpert(c)
+    if c.moe.merged:
+      even = lambda key, shape, dtype: jnp.arange(shape[0], dtype=dtype) % c.moe.held
+      self.expert_map = weight(self, 'expert_map', even, (c.moe.num_experts,), jnp.int32)
     if c.moe.router == 'sparsemixer_v1':
       self.omega = weight(self, 'omega', nn.initializers.ones, (c.d_model,))
     self.dropout = nn.Dropout(c.dropout_rate, deterministic=not self.train)
@@ -110,6 +118,10 @@ class MoeFfn(nn.Module):
       normed = noised.astype(normed.dtype)
     return normed, self.router(normed, valid_bt, tokens_bt, draws)
 
+  def lead(self, routing: Routing) -> Routing:
+    """The routing to the experts that the layer holds."""
+    return remap.remap(routing, self.expert_map) if self.config.moe.merged else routing
+
   def beside(self, normed_btd: jax.Array) -> Any:
     """What the shared expert adds, or 0."""
     return self.shared(normed_btd) if getattr(self.config.moe, 'shared_d_ff', 0) else 0
@@ -119,7 +131,8 @@ class MoeFfn(nn.Module):
       tokens_bt: jax.Array | None = None, draws: Draws | None = None,
   ) -> tuple[jax.Array, Routing]:
     normed, routing = self.route(x_btd, valid_bt, tokens_bt, draws)
-    y, routing = self.experts(normed, routing)
+    y, computed = self.experts(normed, self.lead(routing))
+    routing = routing if self.config.moe.merged else computed
     if self.config.moe.router == 'sparsemixer_v1':
       y = y * self.omega.astype(y.dtype)[None, None]
     return x_btd + self.dropout(y + self.beside(normed)), routing

@@ -21,7 +21,7 @@ def period(config: ModelConfig, stack: str = 'decoder') -> int:
   """The least number of layers after which kinds of layers repeat; it divides their number."""
   n, sparse = config.layers_of(stack), config.sparse_layers(stack)
   window = config.window_of if isinstance(config, DecoderConfig) else lambda i: None
-  kinds = [(i in sparse, window(i)) for i in range(n)]
+  kinds = [(i in sparse, window(i), config.of_layer(stack, i)) for i in range(n)]
   return next(
       p for p in range(1, n + 1)
       if n % p == 0 and all(kinds[i] == kinds[i % p] for i in range(n))

@@ -100,7 +100,8 @@ class Stack(nn.Module):
     sparse = c.sparse_layers(self.stack)
     layer = nn.remat(Layer) if self.remat else Layer
     self.layers = [
-        layer(c, self.stack, i in sparse, self.mesh, self.train) for i in range(count)
+        layer(c.of_layer(self.stack, i), self.stack, i in sparse, self.mesh, self.train)
+        for i in range(count)
     ]
     shape = (c.relative_attention_num_buckets, c.num_heads)
     init = normal(c.initializer_factor * c.d_model**-0.5)
@@ -149,7 +150,8 @@ class Stack(nn.Module):
     sparse = c.sparse_layers(self.stack)
 
     def run(j, params, x, context, key):
-      layer: Any = Layer(c, self.stack, j in sparse, self.mesh, self.train, parent=None)
+      own = c.of_layer(self.stack, j)
+      layer: Any = Layer(own, self.stack, j in sparse, self.mesh, self.train, parent=None)
       return layer.apply({'params': params}, x, *context, rngs=blocks.layer_keys(key))
 
     key = self.make_rng('dropout') if self.train else None

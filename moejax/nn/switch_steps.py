@@ -29,7 +29,8 @@ def encode(
 
 
 def _layer(config: EncDecConfig, index: int, mesh: Mesh | None) -> Any:
-  return Layer(config, 'decoder', index in config.sparse_layers('decoder'), mesh)
+  own = config.of_layer('decoder', index)
+  return Layer(own, 'decoder', index in config.sparse_layers('decoder'), mesh)
 
 
 def source_keys(

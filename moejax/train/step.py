@@ -297,11 +297,13 @@ def check_fits(experiment: config_lib.Experiment, mesh: Mesh) -> None:
     if not isinstance(model_config, config_lib.DecoderConfig):
       raise errors.UserError(f'mesh.pipeline = {stages} is for decoders: set it to 1')
     blocks.check_pipeline(model_config, stages, size // parts, micro)
-  experts = 0 if model_config.moe is None else model_config.moe.num_experts
-  if experts % mesh.shape['expert']:
-    raise errors.UserError(
-        f'moe.num_experts = {experts} does not divide over mesh.expert = {mesh.shape["expert"]}'
-    )
+  if (moe := model_config.moe) is not None:
+    field = 'layer_experts' if moe.layer_experts else 'num_experts'
+    for experts in moe.layer_experts or (moe.num_experts,):
+      if experts % mesh.shape['expert']:
+        raise errors.UserError(
+            f'moe.{field} = {experts} does not divide over mesh.expert = {mesh.shape["expert"]}'
+        )
 
 
 def jit_train_step(
