@@ -5,8 +5,10 @@ experts in one order, so that their weights can be averaged. An expert is a mapp
 gated, gate [d, f], wo [f, d], and biases wi_bias, gate_bias [f], wo_bias [d] where it has them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent import futures
 import functools
+import os
 from typing import Any
 
 import jax
@@ -83,3 +85,28 @@ def permute(expert: Mapping[str, Any], order_f: jax.typing.ArrayLike) -> dict[st
       out[name] = expert[name][..., order]
   out['wo'] = expert['wo'][order]
   return out
+
+
+def in_one_order(
+    experts: Mapping[str, Any], reference: int, include_wo: bool = True,
+    members: Sequence[int] | None = None,
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+  """Experts with hidden units in the order of a reference expert, by matching weights.
+
+  Experts are matched side by side: the solver holds no lock of Python's.
+
+  Returns:
+    (the experts [e, ...], their orders int32 [e, f]); those not in `members` stay as they are.
+  """
+  out = {name: np.array(w) for name, w in experts.items()}
+  count, units = out['wo'].shape[:2]
+  orders = np.tile(np.arange(units, dtype=np.int32), (count, 1))
+  one = lambda e: {name: w[e] for name, w in experts.items()}
+  order_of = lambda e: match(profit(one(reference), one(e), include_wo))
+  others = [e for e in (range(count) if members is None else members) if e != reference]
+  with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+    for e, order in zip(others, pool.map(order_of, others)):
+      orders[e] = order
+      for name, w in permute(one(e), order).items():
+        out[name][e] = w
+  return out, orders

@@ -6,15 +6,12 @@ a group before (`align_core`), or their hidden units are averaged in any order.
 """
 
 from collections.abc import Mapping, Sequence
-from concurrent import futures
-import os
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.compress import align_core
 from moejax.errors import UserError
 
 EPS = 1e-7
@@ -135,30 +132,6 @@ def zip_units(
     if name in out:
       out[name] = out[name][:, 0]
   return out
-
-
-def in_one_order(
-    experts: Experts, reference: int, include_wo: bool = True, members: Sequence[int] | None = None
-) -> tuple[dict[str, np.ndarray], np.ndarray]:
-  """Experts with hidden units in the order of a reference expert, by matching weights.
-
-  Experts are matched side by side: the solver holds no lock of Python's.
-
-  Returns:
-    (the experts [e, ...], their orders int32 [e, f]); those not in `members` stay as they are.
-  """
-  out = {name: np.array(w) for name, w in experts.items()}
-  count, units = out['wo'].shape[:2]
-  orders = np.tile(np.arange(units, dtype=np.int32), (count, 1))
-  one = lambda e: {name: w[e] for name, w in experts.items()}
-  order_of = lambda e: align_core.match(align_core.profit(one(reference), one(e), include_wo))
-  others = [e for e in (range(count) if members is None else members) if e != reference]
-  with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-    for e, order in zip(others, pool.map(order_of, others)):
-      orders[e] = order
-      for name, w in align_core.permute(one(e), order).items():
-        out[name][e] = w
-  return out, orders
 
 
 def stable_rank(w_edf: jax.typing.ArrayLike) -> jax.Array:

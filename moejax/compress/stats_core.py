@@ -49,18 +49,20 @@ def routing_sums(
   }
 
 
-@jax.jit
-def input_sums(x_md: jax.Array, choice_mk: jax.Array, mask_m: jax.Array, like_e: jax.Array):
+@functools.partial(jax.jit, static_argnames=('experts',))
+def input_sums(
+    x_md: jax.Array, choice_mk: jax.Array, mask_m: jax.Array, experts: int
+) -> dict[str, jax.Array]:
   """Of what the experts are given: sum, absolute sum and sum of squares by expert, [e, d].
 
   Args:
-    x_md: the layer's normed inputs. like_e: any [e] array; its length is the number of experts.
+    x_md: the layer's normed inputs. experts: how many the layer has.
 
   Returns:
     input, input_abs, input_square [e, d]; square [d]: of all tokens.
   """
   mask, x = mask_m.astype(jnp.float32), x_md.astype(jnp.float32)
-  own_me = jax.nn.one_hot(choice_mk, like_e.shape[0], dtype=jnp.float32).sum(1) * mask[:, None]
+  own_me = jax.nn.one_hot(choice_mk, experts, dtype=jnp.float32).sum(1) * mask[:, None]
   total = lambda a: jnp.einsum('me,md->ed', own_me, a, precision='highest')
   return {
       'input': total(x), 'input_abs': total(jnp.abs(x)), 'input_square': total(x * x),
@@ -68,9 +70,9 @@ def input_sums(x_md: jax.Array, choice_mk: jax.Array, mask_m: jax.Array, like_e:
   }
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames=('experts',))
 def output_sums(
-    y_md: jax.Array, expert_m: jax.Array, gate_m: jax.Array, mask_m: jax.Array, like_e: jax.Array
+    y_md: jax.Array, expert_m: jax.Array, gate_m: jax.Array, mask_m: jax.Array, experts: int
 ) -> dict[str, jax.Array]:
   """Of what experts give: y_md are outputs of (token, expert) pairs, without their gates.
 
@@ -78,7 +80,7 @@ def output_sums(
     norm, square_norm, gate_norm [e]: sums of |y|, |y|^2 and gate * |y| (EAN, MSAN, REAP).
     output, output_square [e, d]: sums of y and y^2.
   """
-  own_me = jax.nn.one_hot(expert_m, like_e.shape[0], dtype=jnp.float32)
+  own_me = jax.nn.one_hot(expert_m, experts, dtype=jnp.float32)
   own_me = own_me * mask_m.astype(jnp.float32)[:, None]
   y = y_md.astype(jnp.float32)
   square_m = (y * y).sum(1)

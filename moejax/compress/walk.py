@@ -54,10 +54,10 @@ def layer(
   sparse = index in config.sparse_layers(stack)
   if isinstance(config, DecoderConfig):
     # Layers alike compile once.
-    kind = lambda i: (
+    traits = lambda i: (
         config.window_of(i), i in config.sparse_layers(), config.of_layer('decoder', i)
     )
-    alike = next(i for i in range(config.num_layers) if kind(i) == kind(index))
+    alike = next(i for i in range(config.num_layers) if traits(i) == traits(index))
     return _decoder_layer(config, alike, params, x, mask)
   kind = 'sparse' if sparse else 'dense'
   return _encdec_layer(

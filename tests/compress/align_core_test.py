@@ -37,7 +37,7 @@ def run(stack, e, x, activation):
 @pytest.mark.parametrize('activation', ACTIVATIONS)
 def test_outputs_stay_and_profit_grows(activation):
   stack = experts(ACTIVATIONS[activation])
-  moved, orders = merge_core.in_one_order(stack, 0)
+  moved, orders = align_core.in_one_order(stack, 0)
   x = np.random.default_rng(2).normal(size=(7, 6)).astype(np.float32)
   for e in range(3):
     np.testing.assert_allclose(
@@ -54,7 +54,7 @@ def test_outputs_stay_and_profit_grows(activation):
 @pytest.mark.parametrize('activation', ACTIVATIONS)
 def test_copies_in_other_orders_merge_to_the_original(activation):
   stack, orders = shuffled(experts(ACTIVATIONS[activation]))
-  moved, found = merge_core.in_one_order(stack, 0)
+  moved, found = align_core.in_one_order(stack, 0)
   for order, back in zip(orders, found):
     np.testing.assert_array_equal(order[back], np.arange(10))
   merged = merge_core.weighted(moved, np.zeros(3, np.int32), np.array([0.5, 0.3, 0.2]))

@@ -43,7 +43,7 @@ def merged():
 
 @pytest.fixture(scope='module')
 def aligned(switch):
-  return {layer: merge_core.in_one_order(switch.experts(layer), 0)[0] for layer in LAYERS}
+  return {layer: align_core.in_one_order(switch.experts(layer), 0)[0] for layer in LAYERS}
 
 
 def counted(logits, mask=None, **compat):
@@ -156,7 +156,7 @@ def test_orders_by_weights(case, include_wo, switch):
       np.testing.assert_allclose(
           align_core.profit(one(0), one(1)), want[f'profit_e0_e1/{layer}'], atol=1e-5
       )
-    _, orders = merge_core.in_one_order(experts, 0, include_wo)
+    _, orders = align_core.in_one_order(experts, 0, include_wo)
     np.testing.assert_array_equal(orders, want[f'perm/{case}/{layer}'])
 
 
@@ -210,7 +210,7 @@ def make(switch, stats, grouping, merged, aligned):
     if tag == 'freq_permute_in_group':
       for group in range(labels.max() + 1):
         members = np.flatnonzero(labels == group)
-        plain, _ = merge_core.in_one_order(plain, members[0], members=members)
+        plain, _ = align_core.in_one_order(plain, members[0], members=members)
       return merge_core.weighted(plain, labels, usage), labels
     if tag.startswith('merge_'):
       labels = grouping_core.beside_dominant(
@@ -359,7 +359,7 @@ def test_experts_with_biases():
     np.testing.assert_array_equal(groups.labels, data[f'labels_paper_rule/{layer}'])
     published = grouping_core.assign_as_published(data[f'sim/{layer}'], usage[layer], count)
     np.testing.assert_array_equal(published.labels, data[f'labels_reference/{layer}'])
-    _, orders = merge_core.in_one_order(experts, 0)
+    _, orders = align_core.in_one_order(experts, 0)
     np.testing.assert_array_equal(orders, data[f'perm/{layer}'])
     made = merge_core.weighted(experts, groups.labels, usage[layer], eps=float(data['eps']))
     holders = sorted(set(data[f'out/rep/{layer}'].tolist()))
