@@ -298,6 +298,11 @@ def check_fits(experiment: config_lib.Experiment, mesh: Mesh) -> None:
       raise errors.UserError(f'mesh.pipeline = {stages} is for decoders: set it to 1')
     blocks.check_pipeline(model_config, stages, size // parts, micro)
   if (moe := model_config.moe) is not None:
+    if moe.merged:
+      raise errors.UserError(
+          'moe.merged = True: the integers of its expert maps have no gradient, so a merged model '
+          'cannot be trained; start from one that is not merged'
+      )
     field = 'layer_experts' if moe.layer_experts else 'num_experts'
     for experts in moe.layer_experts or (moe.num_experts,):
       if experts % mesh.shape['expert']:
