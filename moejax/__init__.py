@@ -41,6 +41,8 @@ _PUBLIC = {
     # compression
     'quantize': 'moejax.compress.quantize',
     'qmoe': 'moejax.compress.quantize',
+    'merge': 'moejax.compress.merge',
+    'prune': 'moejax.compress.prune',
     'chain': 'moejax.compress.base',
     'gptq': 'moejax.compress.gptq_core',
     'rtn': 'moejax.compress.gptq_core',

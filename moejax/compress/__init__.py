@@ -1,6 +1,7 @@
 """Compression of mixtures of experts: `compress(model, quantize(...), batches)` and its parts.
 
-Names are imported when first used. `quantize` is a module here; its function is `moejax.quantize`.
+Names are imported when first used. `quantize`, `merge` and `prune` are modules here; their
+functions are `moejax.quantize`, `moejax.merge`, `moejax.prune`.
 """
 
 import importlib
@@ -16,7 +17,12 @@ _PUBLIC = {
     'compress': 'driver',
     'compress_tree': 'foreign',
     'dry_run': 'predict',
+    'hc_smoe': 'merge',
+    'msmoe': 'merge',
     'qmoe': 'quantize',
+    'ream': 'merge',
+    'skip_second': 'skip',
+    'uncurl': 'merge',
 }
 
 __all__ = sorted(_PUBLIC)

@@ -42,6 +42,14 @@ def profit(
   return sum(_product(units[name], theirs[name]) for name in units)
 
 
+def cosine(
+    reference: Mapping[str, Any], expert: Mapping[str, Any], include_wo: bool = True
+) -> np.ndarray:
+  """`profit` as cosines of the units' weights, float32 [f, f]."""
+  norms = [np.sqrt(np.diagonal(profit(e, e, include_wo))) for e in (reference, expert)]
+  return np.asarray(profit(reference, expert, include_wo)) / (np.outer(*norms) + np.float32(EPS))
+
+
 def correlation(reference_mf: np.ndarray, expert_mf: np.ndarray) -> np.ndarray:
   """Pearson correlation of every pair of hidden units over tokens, float32 [f, f]; see `match`.
 

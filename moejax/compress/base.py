@@ -33,6 +33,13 @@ class LayerContext(Protocol):
     """
     ...
 
+  def sample(self, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Normed inputs [m, d] and router logits [m, e] of `count` calibration tokens, spread evenly.
+
+    For a transform that `sees_logits`.
+    """
+    ...
+
   def group(self, experts: Sequence[int], make: Callable[[], Group]) -> Group:
     """`make()`, kept on disk; a run that was killed gets it from there."""
     ...
@@ -51,10 +58,29 @@ class Transform:
     """Name and settings as JSON values; equal settings make equal files."""
     return {'transform': self.name, **dataclasses.asdict(self)}
 
-  def plan(self, config: ModelConfig, source: LeafSource) -> Mapping[str, Any]:
-    """Decisions for the whole model, from it as it was: small JSON values."""
-    del config, source
+  @property
+  def sees_logits(self) -> bool:
+    """Whether the layer step asks its context for a `sample`."""
+    return False
+
+  def statistics(self) -> tuple[str, ...]:
+    """Which `stats.KINDS` the plan is made from."""
+    return ()
+
+  def plan(
+      self, config: ModelConfig, source: LeafSource, statistics: Any
+  ) -> Mapping[str, Any]:
+    """Decisions for the whole model, from it as it was: small JSON values.
+
+    statistics: a `stats.Statistics` of the model with the kinds wanted, or None for none.
+    """
+    del config, source, statistics
     return {}
+
+  def reconfigure(self, config: ModelConfig, plan: Mapping[str, Any]) -> ModelConfig:
+    """The configuration of the model to come."""
+    del plan
+    return config
 
   def takes(self, path: str) -> bool:
     """Whether this transform changes the FFN layer at `path` ('encoder/layers_1/ffn')."""
@@ -78,13 +104,30 @@ class Transform:
     """
     raise UserError(f'{self.name} cannot tell the size of {path} before it has run')
 
+  def foreseen(self, config: ModelConfig) -> Mapping[str, Any]:
+    """What of a plan can be told from shapes, for `reconfigure` in a dry run."""
+    del config
+    return {}
+
+  def predict_layer(
+      self, config: ModelConfig, path: str, leaves: Mapping[str, Any],
+      zero_share: Callable[[str], float | None],
+  ) -> dict[str, Any]:
+    """The FFN layer at `path` as it will be stored: {'experts/wi': ShapeDtypeStruct, ...}."""
+    del config
+    return {
+        name: self.predict(f'{path}/{name}', leaf, zero_share(f'{path}/{name}'))
+        if name.startswith('experts/') else leaf for name, leaf in leaves.items()
+    }
+
   def layer(
       self, plan: Mapping[str, Any], path: str, source: LeafSource, context: LayerContext
   ) -> Iterator[Group]:
     """The new experts of the FFN layer at `path`, group by group, in order.
 
-    A group is the unit of memory and of resume: make it through `context.group`. An empty iterator
-    leaves the layer as it is.
+    A group is the unit of memory and of resume: make it through `context.group`. The first may
+    bring leaves that change where tokens go. Experts stay as they are in a layer whose groups have
+    no parts.
     """
     raise NotImplementedError
 

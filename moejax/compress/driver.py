@@ -21,15 +21,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax import account, files, store, tree, weights
+from moejax import account, files, store, tree
 from moejax import config as config_lib
-from moejax import progress as progress_lib
-from moejax.compress import activations, base, parts, sources, walk
+from moejax.compress import base, parts, sources, stats, walker
 from moejax.compress import samples as samples_lib
 from moejax.errors import UserError
 from moejax.model import Model
 
-FORMAT = 1
+FORMAT = 2
 # Array fields of the largest node: a mixed one of every form.
 _MOST_FIELDS = 16
 
@@ -49,46 +48,11 @@ class Result:
   states: Mapping[str, np.ndarray]
 
 
-class _Context:
-  """The `base.LayerContext` of one layer."""
-
-  def __init__(self, config, acts, calibration, work, layer, limit, special):
-    self.config = config
-    stack, name, _ = layer.split('/')
-    self.num_experts = config.of_layer(stack, int(name.removeprefix('layers_'))).moe.held
-    self._acts, self._calibration, self._work, self._layer = acts, calibration, work, layer
-    self._limit, self._special = limit, special
-
-  def _tokens(self, expert: int) -> np.ndarray:
-    """Cap first, then no validation, then no special tokens (QMoE's order)."""
-    tokens = self._acts.tokens_of(expert)
-    if self._calibration.token_cap_factor:
-      cap = int(self._calibration.token_cap_factor * self._limit / self.num_experts)
-      tokens = tokens[:cap]
-    tokens = tokens[tokens < self._limit]
-    return tokens[~self._special[tokens]] if self._calibration.mask_special else tokens
-
-  def inputs(self, experts: Sequence[int]) -> Iterable[np.ndarray]:
-    return (self._acts.expert_inputs(self._tokens(e)) for e in experts)
-
-  def group(self, experts, make) -> parts.Group:
-    if self._work is None:
-      return make()
-    folder = self._work / f'{self._layer.replace("/", ".")}.{experts[0]:05d}'
-    if (group := parts.load_group(folder)) is not None:
-      return group
-    parts.save_group(folder, make())
-    # What a resumed run would read, so that both go on alike.
-    group = parts.load_group(folder)
-    assert group is not None
-    return group
-
-
 def compress(
     model: Model | str | Path, transform: base.Transform | base.Chain,
     batches: Iterable[Mapping[str, Any]], out_folder: str | Path | None = None, *,
     validation_batches: Iterable[Mapping[str, Any]] = (), sentinel: int | None = None,
-    progress: bool = False,
+    statistics: stats.Statistics | None = None, progress: bool = False,
 ) -> Result:
   """Compresses a model with calibration batches (arXiv 2310.16795 section 3.2 for the walk).
 
@@ -100,6 +64,7 @@ def compress(
       it in `.<name>.compressing`, from which the same call resumes. None keeps the model in memory.
     validation_batches: samples that run along and are in no statistic; the report has their loss.
     sentinel: the least special token id; None for `layout.first_sentinel`.
+    statistics: of this model, for a first step that wants some; None measures them on `batches`.
     progress: show a progress bar.
 
   The report has 'steps' (transform, seconds, peak_host_bytes), 'layers' (a row for each expert
@@ -128,9 +93,14 @@ def compress(
   report['before']['loss'] = _loss_before(source, data, work_root, progress)
   for i, step in enumerate(steps[:-1]):
     work = None if work_root is None else work_root / f'step_{i}'
-    source = _earlier_pass(source, step, data, work, origin, plans, progress, report)
+    source = _earlier_pass(
+        source, step, data, work, origin, plans, progress, report, statistics
+    )
+    statistics = None  # Of the model as it was; later steps measure what they get.
   work = None if work_root is None else work_root / f'step_{len(steps) - 1}'
-  result, entry = _timed_pass(source, steps[-1], data, work, out, origin, plans, progress)
+  result, entry = _timed_pass(
+      source, steps[-1], data, work, out, origin, plans, progress, statistics
+  )
   report['layers'] += result.report['rows']
   report['steps'].append(entry)
   report['over_budget'] = sorted({
@@ -152,19 +122,11 @@ def _loss_before(source, data, work, progress) -> float | None:
   file = None if work is None else work / 'loss_before.json'
   if file is not None and file.is_file():
     return files.read_json(file)['loss']
-  walked = _Walk(
-      _dropless(source.config), source, base.Transform(), {}, data.tail(), None, set(), progress
-  )
+  walked = walker.Walk(source, data.tail(), progress=progress)
   walked.run()
   if file is not None:
     files.write_json(file, {'loss': walked.loss})
   return walked.loss
-
-
-def _dropless(config):
-  return dataclasses.replace(
-      config, moe=dataclasses.replace(config.moe, expert_capacity=None, capacity_factor=None)
-  )
 
 
 def _made(result: Result) -> Model | Path:
@@ -173,16 +135,18 @@ def _made(result: Result) -> Model | Path:
   return made
 
 
-def _timed_pass(source, step, data, work, target, origin, plans, progress):
+def _timed_pass(source, step, data, work, target, origin, plans, progress, statistics=None):
   started = time.monotonic()
-  result = _run_pass(source, step, data, work, target, origin, plans, progress)
+  result = _run_pass(source, step, data, work, target, origin, plans, progress, statistics)
   return result, {
       'transform': step.name, 'settings': step.describe(),
       'seconds': time.monotonic() - started, 'peak_host_bytes': _peak_bytes(),
   }
 
 
-def _earlier_pass(source, step, data, work, origin, plans, progress, report) -> Any:
+def _earlier_pass(
+    source, step, data, work, origin, plans, progress, report, statistics
+) -> Any:
   """A step of a chain before the last; returns the model it made, as a source."""
   target = None if work is None else work / 'model'
   if target is not None and (work / 'done.json').is_file():
@@ -190,7 +154,9 @@ def _earlier_pass(source, step, data, work, origin, plans, progress, report) -> 
     made: Any = target
     plans.append(done['plan'])
   else:
-    result, entry = _timed_pass(source, step, data, work, target, origin, plans, progress)
+    result, entry = _timed_pass(
+        source, step, data, work, target, origin, plans, progress, statistics
+    )
     done = {'rows': result.report['rows'], 'plan': plans[-1], 'step': entry}
     made = _made(result)
     if work is not None:
@@ -230,15 +196,17 @@ def _work_folder(out: Path, source: Any, steps: Sequence[base.Transform], data: 
   return work
 
 
-def _run_pass(source, step, data, work, target, origin, plans, progress) -> Result:
+def _run_pass(source, step, data, work, target, origin, plans, progress, statistics) -> Result:
   """One transform over the whole model, then the model written."""
-  config = source.config
   targets = base.target_layers(step, source)
-  plan = step.plan(config, source)
-  plans.append(dict(plan))
-  walked = _Walk(_dropless(config), source, step, plan, data, work, set(targets), progress)
+  plan = _plan(source, step, data, work, progress, statistics)
+  plans.append(plan)
+  config = step.reconfigure(source.config, plan)
+  walked = walker.Walk(
+      source, data, step=step, plan=plan, work=work, targets=targets, progress=progress
+  )
   walked.run()
-  leaves = _leaves(source, walked, set(targets))
+  leaves = _leaves(source, walked, targets)
   report = {'rows': walked.rows, 'loss': walked.loss}
   states = {stack: acts.buffer for stack, acts in walked.stacks.items()}
   if target is None:
@@ -252,116 +220,53 @@ def _run_pass(source, step, data, work, target, origin, plans, progress) -> Resu
     provenance |= {name: earlier[name] for name in ('trained',) if name in earlier}
   store.save_folder(
       target, config, leaves, provenance=provenance, plan=plans, tokenizer_from=folder,
-      expected_paths=_expected_names(source, targets),
+      expected_paths=_expected_names(source, walked, targets),
   )
   return Result(model=None, folder=target, report=report, states=states)
 
 
-def _expected_names(source, targets) -> list[str]:
+def _plan(source, step, data, work, progress, statistics) -> dict[str, Any]:
+  """The step's plan; a resumed run reads that of the first."""
+  file = None if work is None else work / 'plan.json'
+  if file is not None and file.is_file():
+    return files.read_json(file)
+  kinds = step.statistics()
+  if kinds and statistics is None:
+    held = None if work is None else work / 'statistics.npz'
+    statistics = stats.of_samples(source, data, kinds, work=held, progress=progress)
+  elif kinds and statistics is not None:
+    statistics.require(kinds, step.name)
+  # Through JSON, so that both go on alike.
+  plan = json.loads(json.dumps(dict(step.plan(source.config, source, statistics))))
+  if file is not None:
+    file.parent.mkdir(exist_ok=True)
+    files.write_json(file, plan)
+  return plan
+
+
+def _expected_names(source, walked, targets) -> list[str]:
   """Names in the file to come, at least as many: what a node will hold is not known yet."""
   names = []
   for path in source.paths():
     new = path.partition('/experts/')[0] in targets
     names += [f'{path}/{field:16}' for field in range(_MOST_FIELDS)] if new else [path]
-  return names
+  for layer in targets:
+    names += [f'{layer}/{name}' for group in walked.groups(layer) for name in group.leaves]
+  return list(dict.fromkeys(names))
 
 
 def _leaves(source, walked, targets):
   """(path, leaf) of the compressed model; one weight's experts are joined at a time."""
+  beside = {
+      f'{layer}/{name}': leaf for layer in targets for group in walked.groups(layer)
+      for name, leaf in group.leaves.items()
+  }
   for path in source.paths():
     layer, found, name = path.partition('/experts/')
-    if found and layer in targets:
+    if found and layer in targets and any(group.parts for group in walked.groups(layer)):
       yield path, parts.join(
           part for group in walked.groups(layer) for part in group.parts.get(name, ())
       )
     else:
-      yield path, source.read(path)
-
-
-class _Walk:
-  """One pass of the hidden states through the model, compressing on the way."""
-
-  def __init__(self, config, source, step, plan, data, work, targets, progress):
-    self.config, self.source, self.step, self.plan = config, source, step, plan
-    self.data, self.work, self.targets = data, work, targets
-    self.rows: list[dict[str, Any]] = []
-    self.loss: float | None = None
-    self._memory: dict[str, list[parts.Group]] = {}
-    self.stacks: dict[str, activations.Activations] = {}
-    layers = sum(map(config.layers_of, config.stacks))
-    self._bar = progress_lib.bar(total=layers, label=step.name, unit='layer', show=progress)
-
-  def groups(self, path: str):
-    """The finished groups of a layer, from memory or, one at a time, from disk."""
-    if self.work is None:
-      yield from self._memory[path]
-      return
-    for folder in sorted(self.work.glob(f'{path.replace("/", ".")}.[0-9]*')):
-      if not folder.name.endswith('.partial'):
-        yield parts.load_group(folder)
-
-  def run(self) -> None:
-    paths = walk.outer_paths(self.config, self.source.paths())
-    outer = tree.unflatten({path: self.source.read(path) for path in paths})
-    batches = samples_lib.batches(self.data)
-    before = None
-    for stack in self.config.stacks:
-      before = self.stacks[stack] = self._stack(stack, outer, batches, before)
-    self._bar.close()
-    self.loss = self._validation_loss(outer)
-
-  def _stack(self, stack, outer, batches, before):
-    acts = activations.Activations(self.config, stack, self.data, batches, outer, before)
-    special = self.data.special(stack)
-    for i in range(self.config.layers_of(stack)):
-      layer = f'{stack}/layers_{i}'
-      acts.run_layer(i, sources.subtree(self.source, layer, skip=f'{layer}/ffn/experts'))
-      if i in self.config.sparse_layers(stack):
-        self._experts(acts, stack, f'{layer}/ffn', special)
-      self._bar.update()
-    acts.finish()
-    return acts
-
-  def _experts(self, acts, stack, path, special) -> None:
-    if path not in self.targets:
-      self._run_uncompressed(acts, path)
-      return
-    context = _Context(
-        self.config, acts, self.step.calibration(), self.work, path,
-        self.data.calibration_tokens(stack), special,
-    )
-    for group in self.step.layer(self.plan, path, self.source, context):
-      self.rows.extend(dict(row) for row in group.rows)
-      dense = {name: parts.group_dense(group, name) for name in group.parts}
-      for i, expert in enumerate(group.experts):
-        acts.run_expert(expert, {name: w[i] for name, w in dense.items()})
-      if self.work is None:
-        self._memory.setdefault(path, []).append(group)
-
-  def _run_uncompressed(self, acts, path) -> None:
-    leaves = {p.rpartition('/')[2]: p for p in base.expert_leaves(self.source, path)}
-    nodes = {
-        name: self.source.read(p) for name, p in leaves.items()
-        if isinstance(self.source.abstract(p), weights.WeightNode)
-    }
-    for expert in range(self.source.abstract(next(iter(leaves.values()))).shape[0]):
-      own = {
-          name: np.asarray(
-              nodes[name].expert(expert, jnp.float32) if name in nodes
-              else self.source.read_expert(p, expert), np.float32,
-          )
-          for name, p in leaves.items()
-      }
-      acts.run_expert(expert, own)
-
-  def _validation_loss(self, outer) -> float | None:
-    if not self.data.validation:
-      return None
-    tail = self.data.tail().samples
-    tokens = sum(len(s.targets) for s in tail)
-    losses = walk.token_losses(
-        self.config, outer, self.stacks[self.config.stacks[-1]].buffer[-tokens:],
-        np.concatenate([s.targets for s in tail]),
-    )
-    weight = np.concatenate([s.weights for s in tail])
-    return float((losses.astype(np.float64) * weight).sum() / weight.sum())
+      yield path, beside.pop(path) if path in beside else source.read(path)
+  yield from beside.items()

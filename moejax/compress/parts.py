@@ -16,6 +16,7 @@ from moejax.errors import UserError
 
 _GROUP_JSON = 'group.json'
 _ARRAY = 'array'
+_BESIDE = 'beside'
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,11 +30,16 @@ class Part:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Group:
-  """The parts of a group of experts by weight name ('wi', ...), and a report row for each."""
+  """The parts of a group of experts by weight name ('wi', ...), and rows of the report.
+
+  experts: by their numbers in the model to come. leaves: what changes in the FFN beside its
+  experts, by path ('router/kernel').
+  """
 
   experts: tuple[int, ...]
   parts: Mapping[str, Sequence[Part]]
   rows: Sequence[Mapping[str, Any]]
+  leaves: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 def make_weight(
@@ -121,11 +127,12 @@ def save_group(folder: Path, group: Group) -> None:
             'static': part.weight.static() if is_node else {}, 'fields': sorted(arrays),
         })
         tensors.extend((f'{name}/{part.format}/{k}', arrays[k]) for k in sorted(arrays))
+    tensors.extend((f'{_BESIDE}/{path}', np.asarray(leaf)) for path, leaf in group.leaves.items())
     safetensors_io.write_folder(partial, iter(tensors), expected=[name for name, _ in tensors])
-    files.write_json(
-        partial / _GROUP_JSON,
-        {'experts': list(group.experts), 'parts': entries, 'rows': [dict(r) for r in group.rows]},
-    )
+    files.write_json(partial / _GROUP_JSON, {
+        'experts': list(group.experts), 'parts': entries, 'rows': [dict(r) for r in group.rows],
+        'leaves': list(group.leaves),
+    })
     for file in partial.iterdir():
       with open(file, 'rb') as f:
         os.fsync(f.fileno())
@@ -153,7 +160,10 @@ def load_group(folder: Path) -> Group | None:
       weight = weights.NODE_CLASSES[entry['class']].from_arrays(entry['static'], arrays)
     part = Part(format=entry['format'], experts=tuple(entry['experts']), weight=weight)
     parts.setdefault(entry['name'], []).append(part)
-  return Group(experts=tuple(entries['experts']), parts=parts, rows=entries['rows'])
+  leaves = {path: np.array(infos[f'{_BESIDE}/{path}'].read()) for path in entries['leaves']}
+  return Group(
+      experts=tuple(entries['experts']), parts=parts, rows=entries['rows'], leaves=leaves
+  )
 
 
 def join(parts: Iterable[Part]) -> Any:

@@ -60,15 +60,20 @@ def dry_run(
   before = {**account.of_source(now), **unknown}
   rows = []
   for step in transform.steps if isinstance(transform, base.Chain) else (transform,):
-    layers = base.target_layers(step, now)
-    for path in (leaf for layer in layers for leaf in base.expert_leaves(now, layer)):
-      leaf = step.predict(path, now.leaves[path], _share(zero_share, path))
-      now.leaves[path] = leaf
+    leaves = dict(now.leaves)
+    for layer in base.target_layers(step, now):
+      old = {p.removeprefix(f'{layer}/'): leaf for p, leaf in now.leaves.items()
+             if p.startswith(f'{layer}/')}
+      made = step.predict_layer(now.config, layer, old, lambda path: _share(zero_share, path))
+      leaves |= {f'{layer}/{name}': leaf for name, leaf in made.items()}
+    for path in (p for p in leaves if '/experts/' in p and leaves[p] is not now.leaves[p]):
+      leaf = leaves[path]
       bits = account.stored_bits(leaf)
       rows.append({
           'path': path, 'transform': step.name, 'form': form(leaf),
           'bits_per_weight': bits / tree.count({path: leaf}), 'stored_bytes': -(-bits // 8),
       })
+    now = _Shapes(step.reconfigure(now.config, step.foreseen(now.config)), leaves)
   after = {**account.of_source(now), **unknown}
   return {
       'before': before, 'after': after, 'layers': rows,

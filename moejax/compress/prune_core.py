@@ -4,6 +4,7 @@ A score is a saliency, float [e]: the least salient go. Sums over tokens are tho
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import functools
 import itertools
 import math
 from typing import Any
@@ -122,7 +123,8 @@ def gates_of(logits_me: np.ndarray, top_k: int) -> np.ndarray:
 
 
 def best_subset(
-    outputs_emd: np.ndarray, logits_me: np.ndarray, count: int, top_k: int, most: int = 20_000
+    outputs_emd: np.ndarray, logits_me: np.ndarray, count: int, top_k: int,
+    gates: Callable[[np.ndarray], np.ndarray] | None = None, most: int = 20_000,
 ) -> tuple[np.ndarray, float]:
   """NAEE (arXiv 2402.14800): the experts whose layer output is nearest to that of all.
 
@@ -130,8 +132,9 @@ def best_subset(
   expert after another, each time that whose loss hurts least.
 
   Args:
-    outputs_emd: every expert on every sample token. logits_me: the router's; dropped experts get
-      none of the gates, which are renormalised over the top-k of the others.
+    outputs_emd: every expert on every sample token. logits_me: the router's.
+    gates: of logits [m, n] over any n experts, [m, n]; None is softmax over their top-k, as
+      Mixtral's router has it.
 
   Returns:
     (int32 [count] in the order of the model, Frobenius norm of the difference).
@@ -139,14 +142,15 @@ def best_subset(
   outputs, experts = np.asarray(outputs_emd, np.float64), len(outputs_emd)
   if not top_k <= count <= experts:
     raise UserError(f'{count} of {experts} experts to keep: between top_k = {top_k} and {experts}')
-  full = gates_of(logits_me, top_k)
+  gates = gates or functools.partial(gates_of, top_k=top_k)
+  full = gates(np.asarray(logits_me))
   # |sum (g - g') y|^2 needs only the inner products of a token's outputs.
   products = np.einsum('emd,cmd->mec', outputs, outputs)
 
   def error(chosen: Sequence[int]) -> float:
     index = list(chosen)
     moved = full.copy()
-    moved[:, index] -= gates_of(np.asarray(logits_me)[:, index], top_k)
+    moved[:, index] -= gates(np.asarray(logits_me)[:, index])
     return max(float(np.einsum('me,mec,mc->', moved, products, moved)), 0.0)
 
   if math.comb(experts, count) <= most:

@@ -35,9 +35,14 @@ def from_vectors(vectors_en: jax.typing.ArrayLike) -> jax.Array:
 
 def gram(vectors: jax.typing.ArrayLike) -> jax.Array:
   """Inner products of arrays [e, ...], each taken as one vector, [e, e]."""
-  flat = jnp.asarray(vectors, jnp.float32)
-  flat = flat.reshape(flat.shape[0], -1)
-  return jnp.einsum('en,cn->ec', flat, flat, precision='highest')
+  return products(vectors, vectors)
+
+
+def products(a: jax.typing.ArrayLike, b: jax.typing.ArrayLike) -> jax.Array:
+  """Inner products of arrays [e, ...] and [c, ...], each taken as one vector, [e, c]."""
+  a, b = (jnp.asarray(v, jnp.float32) for v in (a, b))
+  flat = lambda v: v.reshape(v.shape[0], -1)
+  return jnp.einsum('en,cn->ec', flat(a), flat(b), precision='highest')
 
 
 def router_weight(router_de: jax.typing.ArrayLike) -> jax.Array:

@@ -16,6 +16,7 @@ import numpy as np
 from moejax.errors import UserError
 
 Sums = dict[str, np.ndarray]
+RATIO_BINS = 4096
 
 
 @functools.partial(jax.jit, static_argnames=('dropped_to_first',))
@@ -92,6 +93,21 @@ def output_sums(
       'gate_norm': by_expert(norm_m * gate_m.astype(jnp.float32)),
       'output': total(y), 'output_square': total(y * y),
   }
+
+
+def gate_ratios(gate_mk: np.ndarray) -> np.ndarray:
+  """Counts of tokens by their lesser gate over their greater, in equal bins of [0, 1]."""
+  gates = np.sort(np.asarray(gate_mk, np.float64), axis=1)
+  ratio = gates[:, 0] / np.maximum(gates[:, 1], np.finfo(np.float64).tiny)
+  return np.histogram(ratio, RATIO_BINS, (0.0, 1.0))[0].astype(np.float64)
+
+
+def median_ratio(counts: np.ndarray) -> float:
+  """The median of what `gate_ratios` counted, good to half a bin."""
+  total = np.cumsum(counts)
+  if not len(total) or not total[-1] > 0:
+    raise UserError('the statistics have no token with two experts')
+  return (int(np.searchsorted(total, total[-1] / 2)) + 0.5) / len(total)
 
 
 def add(totals: Sums, sums: Mapping[str, Any]) -> Sums:

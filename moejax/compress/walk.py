@@ -6,7 +6,7 @@ than memory is walked with one layer's weights.
 
 from collections.abc import Mapping
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,15 @@ from moejax.ops import attention, norm
 from moejax.ops.linear import linear
 
 Params = Mapping[str, Any]
+
+
+class Routed(NamedTuple):
+  """Where tokens go among the experts that the layer holds, [m, k]; logits [m, e] of its router."""
+
+  choice: Any
+  gate: Any
+  keep: Any
+  logits: Any
 
 
 def outer_paths(config: ModelConfig, paths: tuple[str, ...]) -> tuple[str, ...]:
@@ -41,7 +50,7 @@ def embed(
 def layer(
     config: ModelConfig, stack: str, index: int, params: Params, stack_params: Params,
     x: jax.Array, mask: jax.Array, source: jax.Array | None, source_mask: jax.Array | None,
-) -> tuple[jax.Array, Any, jax.Array | None]:
+) -> tuple[jax.Array, Routed | None, jax.Array | None]:
   """A dense layer whole; a sparse one up to its experts.
 
   Args:
@@ -49,16 +58,11 @@ def layer(
     x: [b, t, d], right-padded. mask: True for real tokens. source, source_mask: the encoder's.
 
   Returns:
-    (x, (choice, gate, keep) or None, what the layer adds beside its experts or None).
+    (x, where its tokens go or None, what the layer adds beside its experts or None).
   """
   sparse = index in config.sparse_layers(stack)
   if isinstance(config, DecoderConfig):
-    # Layers alike compile once.
-    traits = lambda i: (
-        config.window_of(i), i in config.sparse_layers(), config.of_layer('decoder', i)
-    )
-    alike = next(i for i in range(config.num_layers) if traits(i) == traits(index))
-    return _decoder_layer(config, alike, params, x, mask)
+    return _decoder_layer(config, _first_alike(config, index), params, x, mask)
   kind = 'sparse' if sparse else 'dense'
   return _encdec_layer(
       config.of_layer(stack, index), stack, kind, params, stack_params, x, mask, source, source_mask
@@ -74,9 +78,7 @@ def _encdec_layer(config, stack, kind, params, stack_params, x, mask, source, so
   x = shell.apply(own, x, bias, source, source_bias, method='attend')
   if kind == 'dense':
     return shell.apply(own, x, mask, method='feed_forward')[0], None, None
-  _, routing = shell.apply(own, x, mask, method='route')
-  routing = shell.apply(own, routing, method=lambda module, r: module.ffn.lead(r))
-  return x, (routing.choice_mk, routing.gate_mk, routing.keep_mk), None
+  return x, _routed(shell, own, x, mask)[1], None
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'index'))
@@ -88,12 +90,47 @@ def _decoder_layer(config, index, params, x, mask):
   x, _ = shell.apply(own, x, context, method='attend')
   if not shell.sparse:
     return shell.apply(own, x, context, method='feed_forward')[0], None, None
-  normed, routing = shell.apply(own, x, context, method='route')
-  routing = shell.apply(own, routing, method=lambda module, r: module.ffn.lead(r))
+  normed, routed = _routed(shell, own, x, context)
   beside = None
   if config.moe.shared_d_ff:
     beside = shell.apply(own, normed, method=lambda module, y: module.ffn.beside(y))
-  return x, (routing.choice_mk, routing.gate_mk, routing.keep_mk), beside
+  return x, routed, beside
+
+
+def route(
+    config: ModelConfig, stack: str, index: int, params: Params, x: jax.Array, mask: jax.Array
+) -> Routed:
+  """Where the tokens of a sparse layer go, x being what `layer` returns before its experts."""
+  if isinstance(config, DecoderConfig):
+    return _decoder_route(config, _first_alike(config, index), params, x, mask)
+  return _encdec_route(config.of_layer(stack, index), stack, params, x, mask)
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'stack'))
+def _encdec_route(config, stack, params, x, mask):
+  return _routed(Layer(config, stack, True), {'params': params}, x, mask)[1]
+
+
+@functools.partial(jax.jit, static_argnames=('config', 'index'))
+def _decoder_route(config, index, params, x, mask):
+  positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], mask.shape)
+  context = decoder.make_context(config, positions, positions, length=x.shape[1], valid_bt=mask)
+  return _routed(decoder.layer_module(config, index), {'params': params}, x, context)[1]
+
+
+def _routed(shell, own, x, context) -> tuple[jax.Array, Routed]:
+  """The normed input of the experts, and where it goes."""
+  normed, routing = shell.apply(own, x, context, method='route')
+  led = shell.apply(own, routing, method=lambda module, r: module.ffn.lead(r))
+  return normed, Routed(led.choice_mk, led.gate_mk, led.keep_mk, routing.logits_me)
+
+
+def _first_alike(config: DecoderConfig, index: int) -> int:
+  """The first layer that compiles to the same program."""
+  traits = lambda i: (
+      config.window_of(i), i in config.sparse_layers(), config.of_layer('decoder', i)
+  )
+  return next(i for i in range(config.num_layers) if traits(i) == traits(index))
 
 
 def expert_norm(config: ModelConfig, params: Params, x_md: jax.Array) -> jax.Array:

@@ -5,7 +5,7 @@ import dataclasses
 from typing import ClassVar
 
 from moejax.config.encdec import ACTIVATIONS
-from moejax.config.moe import MoeConfig, check_layer_experts, require, require_known
+from moejax.config.moe import MoeConfig, check_layers, require, require_known
 from moejax.settings import Checked
 
 NORMS = ('rms', 'layer')
@@ -180,7 +180,7 @@ class DecoderConfig(Checked):
           'model.rope.short_factor', f'{len(self.rope.short_factor)} values',
           f'must be {rotated // 2}, one for each frequency',
       )
-    check_layer_experts(self.moe, len(self.sparse_layers()))
+    check_layers(self.moe, len(self.sparse_layers()))
 
   @property
   def d_rotated(self) -> int:
@@ -204,7 +204,7 @@ class DecoderConfig(Checked):
 
   def of_layer(self, stack: str, index: int) -> 'DecoderConfig':
     """The config of one layer: the same, but for the number of experts that it holds."""
-    if self.moe is None or not self.moe.layer_experts or index not in self.sparse_layers(stack):
+    if self.moe is None or index not in self.sparse_layers(stack):
       return self
     return dataclasses.replace(self, moe=self.moe.of_layer(self.sparse_layers().index(index)))
 

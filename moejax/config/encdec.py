@@ -4,7 +4,7 @@ from collections.abc import Mapping
 import dataclasses
 from typing import ClassVar
 
-from moejax.config.moe import MoeConfig, check_layer_experts, require, require_known
+from moejax.config.moe import MoeConfig, check_layers, require, require_known
 from moejax.settings import Checked
 
 ACTIVATIONS = ('relu', 'gelu', 'gelu_new', 'silu')
@@ -83,7 +83,7 @@ class EncDecConfig(Checked):
         self.family == 'switch' or self.moe is None, 'model.moe', self.moe,
         "must be null for family 't5'",
     )
-    check_layer_experts(
+    check_layers(
         self.moe, sum(len(self.sparse_layers(stack)) for stack in ('encoder', 'decoder'))
     )
 
@@ -102,7 +102,7 @@ class EncDecConfig(Checked):
 
   def of_layer(self, stack: str, index: int) -> 'EncDecConfig':
     """The config of one layer: the same, but for the number of experts that it holds."""
-    if self.moe is None or not self.moe.layer_experts or index not in self.sparse_layers(stack):
+    if self.moe is None or index not in self.sparse_layers(stack):
       return self
     place = self.sparse_layers(stack).index(index)
     if stack == 'decoder':

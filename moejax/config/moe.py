@@ -53,7 +53,10 @@ class MoeConfig(Checked):
   layer_experts: experts that each sparse layer holds, in the model's order, where compression left
     other numbers of them; one number holds for all layers, none for num_experts in every one.
   merged: the router still chooses among num_experts, and a layer's `expert_map` says to which of
-    the fewer experts that it holds a choice leads.
+    the fewer experts that it holds a choice leads. sum_groups: it chooses among those instead, each
+    by the summed probabilities of all that lead to it.
+  skip: of each sparse layer, or one for all: a token's second expert is left out where its gate is
+    below this share of the first's, which takes over its gate (NAEE, arXiv 2402.14800, 3.3).
   """
 
   section: ClassVar[str] = 'moe.'
@@ -83,6 +86,8 @@ class MoeConfig(Checked):
   router_ignore_padding_tokens: bool = False
   layer_experts: tuple[int, ...] = ()
   merged: bool = False
+  sum_groups: bool = False
+  skip: tuple[float, ...] = ()
 
   def __post_init__(self):
     super().__post_init__()
@@ -102,6 +107,25 @@ class MoeConfig(Checked):
     require(
         bool(self.layer_experts) or not self.merged, 'moe.merged', True,
         'moe.layer_experts must say how many experts each layer holds',
+    )
+    require(
+        self.merged or not self.sum_groups, 'moe.sum_groups', True,
+        'moe.merged must be true: groups are those of an expert map',
+    )
+    require(
+        not self.sum_groups or self.router in ('switch', 'topk'), 'moe.sum_groups', True,
+        "routers 'switch' and 'topk' choose by probabilities that add up",
+    )
+    require(
+        not self.sum_groups or self.top_k <= min(self.layer_experts), 'moe.top_k', self.top_k,
+        f'at most the groups that each layer holds, {self.layer_experts}',
+    )
+    require(
+        not self.skip or self.top_k == 2, 'moe.skip', self.skip,
+        f'a second expert is skipped where there are two; moe.top_k = {self.top_k}',
+    )
+    require(
+        all(0.0 <= value < 1.0 for value in self.skip), 'moe.skip', self.skip, 'each in [0, 1)'
     )
     single = ('switch', 'sparsemixer_v1')
     require(
@@ -138,17 +162,19 @@ class MoeConfig(Checked):
 
   def of_layer(self, place: int) -> Self:
     """The settings of the sparse layer that is `place`-th of the model."""
-    if not self.layer_experts:
-      return self
-    held = self.layer_experts[place if len(self.layer_experts) > 1 else 0]
-    choices = self.num_experts if self.merged else held
-    return dataclasses.replace(self, num_experts=choices, layer_experts=(held,))
+    own = lambda values: (values[place if len(values) > 1 else 0],)
+    changes: dict[str, Any] = {'skip': own(self.skip)} if self.skip else {}
+    if self.layer_experts:
+      changes['layer_experts'] = held = own(self.layer_experts)
+      changes['num_experts'] = self.num_experts if self.merged else held[0]
+    return dataclasses.replace(self, **changes) if changes else self
 
 
-def check_layer_experts(moe: MoeConfig | None, sparse_layers: int) -> None:
-  """Raises UserError unless moe.layer_experts fits the number of sparse layers."""
-  if moe is not None:
+def check_layers(moe: MoeConfig | None, sparse_layers: int) -> None:
+  """Raises UserError unless the settings of single layers fit the number of sparse layers."""
+  for field in ('layer_experts', 'skip') if moe is not None else ():
+    values = getattr(moe, field)
     require(
-        len(moe.layer_experts) in (0, 1, sparse_layers), 'moe.layer_experts', moe.layer_experts,
+        len(values) in (0, 1, sparse_layers), f'moe.{field}', values,
         f'one number for all, or {sparse_layers}, one for each sparse layer',
     )

@@ -1,5 +1,6 @@
 """Linen shell of the sparse feed-forward block; its parts can be called one by one."""
 
+import dataclasses
 from typing import Any
 
 from flax import linen as nn
@@ -27,7 +28,9 @@ class Router(nn.Module):
   def __call__(
       self, x_btd: jax.Array, valid_bt: jax.Array | None = None,
       tokens_bt: jax.Array | None = None, draws: Draws | None = None,
+      expert_map_e: jax.Array | None = None,
   ) -> Routing:
+    """Routes among num_experts, or among the groups of an expert map."""
     c = self.config
     m: Any = c.moe
     params = {'kernel': weight(self, 'kernel', normal(c.init_std(c.d_model)),
@@ -37,6 +40,11 @@ class Router(nn.Module):
     if self.train and m.router_jitter_noise > 0:
       x_btd = router.jitter(x_btd, m.router_jitter_noise, self.make_rng('router'))
     logits_bte = router.router_logits(params, x_btd)
+    if expert_map_e is not None:
+      logits_bte = remap.group_logits(logits_bte, expert_map_e, m.held)
+      m = dataclasses.replace(
+          m, num_experts=m.held, layer_experts=(), merged=False, sum_groups=False
+      )
     return router.route(
         m, logits_bte, key=self.make_rng('router') if self.train else None,
         valid_bt=valid_bt if m.router_ignore_padding_tokens else None, tokens_bt=tokens_bt,
@@ -116,11 +124,14 @@ class MoeFfn(nn.Module):
     if self.train and c.moe.input_jitter_noise > 0:
       noised = router.jitter(normed, c.moe.input_jitter_noise, self.make_rng('router'))
       normed = noised.astype(normed.dtype)
-    return normed, self.router(normed, valid_bt, tokens_bt, draws)
+    groups = self.expert_map if c.moe.sum_groups else None
+    return normed, self.router(normed, valid_bt, tokens_bt, draws, groups)
 
   def lead(self, routing: Routing) -> Routing:
     """The routing to the experts that the layer holds."""
-    return remap.remap(routing, self.expert_map) if self.config.moe.merged else routing
+    m = self.config.moe
+    routing = remap.skip(routing, m.skip[0]) if m.skip else routing
+    return remap.remap(routing, self.expert_map) if m.merged and not m.sum_groups else routing
 
   def beside(self, normed_btd: jax.Array) -> Any:
     """What the shared expert adds, or 0."""
@@ -130,9 +141,10 @@ class MoeFfn(nn.Module):
       self, x_btd: jax.Array, valid_bt: jax.Array | None = None,
       tokens_bt: jax.Array | None = None, draws: Draws | None = None,
   ) -> tuple[jax.Array, Routing]:
+    c = self.config
     normed, routing = self.route(x_btd, valid_bt, tokens_bt, draws)
     y, computed = self.experts(normed, self.lead(routing))
-    routing = routing if self.config.moe.merged else computed
-    if self.config.moe.router == 'sparsemixer_v1':
+    routing = routing if c.moe.merged and not c.moe.sum_groups else computed
+    if c.moe.router == 'sparsemixer_v1':
       y = y * self.omega.astype(y.dtype)[None, None]
     return x_btd + self.dropout(y + self.beside(normed)), routing

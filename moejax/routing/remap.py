@@ -1,4 +1,8 @@
-"""Choices of merged experts: several of the router's choices lead to one expert (MC-SMoE, 3.1)."""
+"""What stands between a router's choices and the experts of a compressed layer.
+
+Of merged experts, several choices lead to one (MC-SMoE, arXiv 2310.01334, 3.1), or the router
+chooses among the groups; and a second choice may be skipped (NAEE, 2402.14800).
+"""
 
 import dataclasses
 
@@ -37,3 +41,25 @@ def remap(routing: Routing, expert_map_e: jax.typing.ArrayLike) -> Routing:
   return dataclasses.replace(
       routing, choice_mk=choice, keep_mk=first, gate_mk=gate, scale_mk=scale
   )
+
+
+def group_logits(
+    logits_bte: jax.Array, expert_map_e: jax.typing.ArrayLike, groups: int
+) -> jax.Array:
+  """Logits whose softmax is each group's summed probability, [b, t, g]: logsumexp over members."""
+  member_ge = jnp.arange(groups)[:, None] == jnp.asarray(expert_map_e)[None]
+  return jnp.stack(
+      [jax.nn.logsumexp(logits_bte, axis=-1, where=own[None, None]) for own in member_ge], -1
+  )
+
+
+def skip(routing: Routing, share: float) -> Routing:
+  """Drops a token's second choice whose gate is below `share` of the first's (NAEE, 3.3).
+
+  The first takes over its gate, so that their sum stays. load_e stays that of the router's choices.
+  """
+  first, second = routing.gate_mk[:, 0], routing.gate_mk[:, 1]
+  skipped = (second < share * first) & routing.keep_mk[:, 0]
+  gate_mk = jnp.stack([jnp.where(skipped, first + second, first), jnp.where(skipped, 0, second)], 1)
+  keep_mk = routing.keep_mk.at[:, 1].set(routing.keep_mk[:, 1] & ~skipped)
+  return dataclasses.replace(routing, gate_mk=gate_mk, keep_mk=keep_mk)

@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.compress import align_core, grouping_core, merge_core, similarity_core, stats_core
+from moejax.compress import (
+  align_core,
+  compress,
+  grouping_core,
+  merge_core,
+  msmoe,
+  similarity_core,
+  stats_core,
+)
+from moejax.compress import stats as stats_lib
 from moejax.model import apply_fn
 
 _SPEC = importlib.util.spec_from_file_location(
@@ -370,3 +379,28 @@ def test_experts_with_biases():
         np.testing.assert_allclose(
             made[name][groups.labels[slot]], want.T, rtol=0, atol=1e-5, err_msg=name
         )
+
+
+STEPS = {
+    'freq_aligned': {}, 'freq_noalign': {'alignment': 'none'},
+    'average_aligned': {'operator': 'uniform'}, 'prune_replace': {'operator': 'dominant'},
+    'zip_weight_freq': {'operator': 'zipit-weights'},
+    'merge_noncore_only': {'dominant_alone': 'group'},
+    'merge_all_noncore_to_one': {'dominant_alone': 'all'},
+}
+
+
+def test_the_published_models_come_out_of_compress(merged, model, switch):
+  """From the padded batch to the logits of the model: statistics, groups, orders and averages."""
+  tokens, decoder, _, labels = switch.batch()
+  batch = {
+      'encoder_tokens': np.asarray(tokens), 'decoder_tokens': np.asarray(decoder),
+      'targets': np.maximum(labels, 0), 'weights': (np.asarray(labels) >= 0).astype(np.float32),
+  }
+  statistics = stats_lib.measure(model, [batch], ('routing',), compat='mcsmoe')
+  few, shifted, mask, _ = switch.batch(4)
+  for tag, changes in STEPS.items():
+    step = msmoe(3, layers='(?!encoder/layers_1/).*', **changes)
+    made = compress(model, step, [batch], statistics=statistics).model
+    got = made.apply(few, shifted, encoder_mask=mask).logits_btv
+    np.testing.assert_allclose(got, merged[f'{tag}/logits'], atol=1e-4, err_msg=tag)

@@ -1,0 +1,181 @@
+"""Statistics of a whole model: streamed, masked, resumable, and as MC-SMoE counts them."""
+
+import dataclasses
+
+import jax
+import mcsmoe_vectors as vectors
+import numpy as np
+import pytest
+import small_models as small
+
+from moejax import tree
+from moejax.compress import compress, gradients, merge, stats
+from moejax.errors import UserError
+
+FAMILIES = tuple(small.CONFIGS)
+
+
+def routed(model, family, batch):
+  """Every layer's routing in a plain forward pass, with what is real."""
+  if family == 'switch':
+    tokens = batch['encoder_tokens']
+    out = model.apply(tokens, batch['decoder_tokens'], encoder_mask=tokens != 0)
+    real = {'encoder': tokens != 0, 'decoder': np.ones(batch['targets'].shape, bool)}
+  else:
+    out = model.apply(batch['tokens'])
+    real = {'decoder': np.ones(batch['tokens'].shape, bool)}
+  return {p: (r, real[p.split('/')[0]].reshape(-1)) for p, r in out.routings.items()}
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_they_are_those_of_a_plain_forward_pass(family):
+  model, batches = small.model(family), small.batches(family)
+  found = stats.measure(model, batches, ('routing', 'outputs'), chunk_tokens=30)
+  want = {}
+  for batch in batches:
+    for path, (r, real) in routed(model, family, batch).items():
+      chosen = np.asarray(jax.nn.one_hot(r.choice_mk, small.EXPERTS)) * real[:, None, None]
+      logits = np.asarray(r.logits_me, np.float64) * real[:, None]
+      gate = np.asarray(r.gate_mk) * np.asarray(r.keep_mk)
+      sums = want.setdefault(path, {'tokens': 0, 'gate': 0, 'gram': 0})
+      sums['tokens'] += (chosen * np.asarray(r.keep_mk)[..., None]).sum((0, 1))
+      sums['gate'] += (chosen * gate[..., None]).sum((0, 1))
+      sums['gram'] += logits.T @ logits
+  assert set(found.layers) == set(want)
+  for path, sums in want.items():
+    for name, value in sums.items():
+      np.testing.assert_allclose(found.layers[path][name], value, rtol=1e-4, err_msg=name)
+
+
+@pytest.mark.parametrize('family', ('mixtral', 'switch'))
+def test_outputs_and_hidden_units_are_the_experts_own(family):
+  model, batches = small.model(family), small.batches(family, 1)
+  found = stats.measure(model, batches, stats.KINDS)
+  config = model.config
+  for path, sums in found.layers.items():
+    node = tree.unflatten(tree.flatten(model.params))
+    for name in path.split('/'):
+      node = node[name]
+    assert np.allclose(sums['input_square'] >= sums['input'] ** 2 / np.maximum(
+        sums['tokens'], 1)[:, None] - 1e-6, True)
+    own = {n: np.asarray(w) for n, w in node['experts'].items()}
+    assert sums['hidden_square'].shape == own['wi'].shape[::2]
+    assert (sums['norm'] ** 2 <= sums['square_norm'] * sums['tokens'] * (1 + 1e-5)).all()
+    np.testing.assert_allclose(
+        sums['square_norm'], sums['output_square'].sum(1), rtol=1e-4
+    )
+    assert sums['output_all'].shape == (small.EXPERTS, config.d_model)
+    assert (sums['tokens_all'] >= sums['tokens']).all()
+
+
+def test_one_token_expert_by_hand():
+  """With every expert chosen (top-6 of 6) outputs over all tokens are those over chosen ones."""
+  config = small.CONFIGS['mixtral']
+  config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, top_k=6))
+  model = dataclasses.replace(small.model('mixtral'), config=config)
+  for sums in stats.measure(model, small.batches('mixtral'), stats.KINDS).layers.values():
+    np.testing.assert_allclose(sums['output'], sums['output_all'], rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(sums['tokens'], sums['tokens_all'])
+
+
+@pytest.mark.parametrize('chunk', (24, 50, 10_000))
+def test_pieces_add_up(chunk):
+  model, batches = small.model('qwen2_moe'), small.batches('qwen2_moe')
+  whole = stats.measure(model, batches)
+  pieces = stats.measure(model, batches, chunk_tokens=chunk)
+  for path, sums in whole.layers.items():
+    for name, value in sums.items():
+      np.testing.assert_allclose(pieces.layers[path][name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_saved_and_loaded(tmp_path):
+  found = stats.measure(small.model('grin'), small.batches('grin'))
+  found.save(tmp_path / 'stats.npz')
+  again = stats.Statistics.load(tmp_path / 'stats.npz')
+  assert (again.kinds, again.tokens, again.model) == (found.kinds, found.tokens, found.model)
+  for path, sums in found.layers.items():
+    for name, value in sums.items():
+      np.testing.assert_array_equal(again.layers[path][name], value)
+  (tmp_path / 'broken.npz').write_bytes((tmp_path / 'stats.npz').read_bytes()[:99])
+  for name, message in (('broken.npz', 'holds no statistics'), ('none.npz', 'does not exist')):
+    with pytest.raises(UserError, match=message):
+      stats.Statistics.load(tmp_path / name)
+
+
+def test_a_killed_pass_goes_on(tmp_path, monkeypatch):
+  model, batches = small.model('mixtral'), small.batches('mixtral')
+  want = stats.measure(model, batches, chunk_tokens=50)
+  real, walks = stats.walker.Walk, []
+
+  def walk(*args, **kwargs):
+    if len(walks) == 2:
+      raise KeyboardInterrupt
+    walks.append(1)
+    return real(*args, **kwargs)
+
+  monkeypatch.setattr(stats.walker, 'Walk', walk)
+  run = lambda: stats.measure(model, batches, chunk_tokens=50, work=tmp_path / 'work.npz')
+  with pytest.raises(KeyboardInterrupt):
+    run()
+  walks.clear()
+  got = run()
+  assert len(walks) == 2  # Of four pieces.
+  for path, sums in want.layers.items():
+    for name, value in sums.items():
+      np.testing.assert_array_equal(got.layers[path][name], value)
+
+
+def test_mcsmoe_counts_dropped_choices_and_padding(tmp_path):
+  """The published usage and similarity, from the whole model on its padded batch."""
+  switch = vectors.Switch()
+  model = switch.model(tmp_path / 'switch')
+  encoder, decoder, _, _ = switch.batch()
+  recorded = vectors.load('switch_usage_similarity')
+  batch = {'encoder_tokens': np.asarray(encoder), 'decoder_tokens': np.asarray(decoder)}
+  found = stats.measure(model, [batch], ('routing',), compat='mcsmoe')
+  for layer in vectors.LAYERS:
+    sums = found.layers['/'.join(vectors.layer_path(layer))]
+    share = sums['tokens'] / sums['tokens'].sum()
+    np.testing.assert_allclose(share, recorded[f'usage/{layer}'], rtol=1e-6, err_msg=layer)
+    np.testing.assert_allclose(
+        merge.similarity_core.from_gram(sums['gram']),
+        recorded[f'sim/router-logits/{layer}'], atol=1e-5,
+    )
+  with pytest.raises(UserError, match="kind 'routing' alone"):
+    stats.measure(model, [batch], compat='mcsmoe')
+
+
+@pytest.mark.parametrize('family', ('mixtral', 'switch'))
+def test_gradients_are_those_of_the_loss(family, tmp_path):
+  model, batches = small.model(family), small.batches(family, 1)
+  found = gradients.measure(model, batches, micro_batch=4)
+  path = 'decoder/layers_1/ffn'
+  params = tree.flatten(model.params)
+  leaf = f'{path}/experts/wo'
+
+  def loss(shift):
+    changed = {**params, leaf: params[leaf].at[1, 2, 3].add(shift)}
+    moved = dataclasses.replace(model, params=tree.unflatten(changed))
+    return small.loss(moved, family, batches[0])
+
+  step = 1e-2
+  numeric = (loss(step) - loss(-step)) / (2 * step)
+  got = found.layers[path]['gradient/wo'][1, 2, 3]
+  assert got == pytest.approx(numeric, abs=2e-4)
+  found.save(tmp_path / 'gradients.npz')
+  for step in (
+      merge.merge(3, operator='fisher', gradients=str(tmp_path / 'gradients.npz')),
+      merge.merge(3, similarity='weight-gradient', gradients=str(tmp_path / 'gradients.npz')),
+  ):
+    made = compress(model, step, batches).model
+    assert np.isfinite(small.logits(made, family)).all()
+
+
+def test_bad_requests():
+  model, batches = small.model('mixtral'), small.batches('mixtral')
+  with pytest.raises(UserError, match="kind 'output'.*'outputs'"):
+    stats.measure(model, batches, ('output',))
+  with pytest.raises(UserError, match='compat'):
+    stats.measure(model, batches, compat='paper')
+  with pytest.raises(UserError, match='no whole|micro_batch'):
+    gradients.measure(model, batches, micro_batch=100)
