@@ -4,6 +4,8 @@ Example:
   python -m experiments.compress --config configs/qmoe.py --model runs/sotu/model \
       --calibration 'experiments/data/sotu.tar.xz::sotu/19*.txt' --out runs/sotu/ternary
   python -m experiments.compress --config configs/qmoe.py:two_bit --set layers='decoder/.*' ...
+  python -m experiments.compress --config configs/prune.py:reap --set experts=8 ...
+  python -m experiments.compress --config configs/merge.py:hc_smoe --set ratio=0.25 ...
 
 With --dry_run nothing is written or calibrated: a table and JSON say what the result will weigh.
   python -m experiments.compress --config configs/qmoe.py --model switch-c-2048 --dry_run
@@ -17,7 +19,7 @@ from absl import flags
 
 from experiments import flags as common
 from moejax import account, errors, evaluate, files, presets, progress, store
-from moejax.compress import base, driver, predict
+from moejax.compress import base, driver, predict, stats
 from moejax.data import text
 from moejax.data import tokenizer as tokenizer_lib
 
@@ -37,6 +39,11 @@ _ZERO_SHARE = flags.DEFINE_float(
     'For --dry_run: share of ternary weights that will be zero. The default follows from the width '
     'of each matrix; for models that QMoE published it is what was found there.', lower_bound=0.0,
     upper_bound=1.0,
+)
+_STATISTICS = flags.DEFINE_string(
+    'statistics', None,
+    'File of the model\'s statistics, for merging and pruning: read if it is there, else measured '
+    'on --calibration and written, so that several methods share one pass.'
 )
 _OUT = flags.DEFINE_string('out', None, 'Folder to write.')
 _SAMPLE_LENGTH = flags.DEFINE_integer(
@@ -59,6 +66,25 @@ def batches(
   )
   spread = evaluate.spread(made, limit)
   return list(progress.bar(spread, label=flag, total=min(limit, made.num_samples)))
+
+
+def statistics(
+    folder: pathlib.Path, step: base.Transform, calibration: list[dict[str, Any]], sentinel: int
+) -> stats.Statistics | None:
+  """What --statistics names, for the first step; None without it, or where it wants none."""
+  if not _STATISTICS.value or not step.statistics():
+    return None
+  file = pathlib.Path(_STATISTICS.value)
+  if file.exists():
+    return stats.Statistics.load(file)
+  files.require_writable(file)
+  found = stats.measure(
+      folder, calibration, step.statistics(), sentinel=sentinel,
+      work=file.with_name(f'.{file.name}.measuring'), progress=True,
+  )
+  found.save(file)
+  file.with_name(f'.{file.name}.measuring').unlink()
+  return found
 
 
 def dry_run(transform: base.Transform | base.Chain) -> None:
@@ -96,9 +122,11 @@ def main() -> None:
   validation = [] if not _VALIDATION.value else batches(
       source, tokenizer, _VALIDATION.value, '--validation', _VALIDATION_SAMPLES.value
   )
+  first = transform.steps[0] if isinstance(transform, base.Chain) else transform
   result = driver.compress(
       folder, transform, calibration, _OUT.value, validation_batches=validation,
       sentinel=tokenizer.first_sentinel, progress=True,
+      statistics=statistics(folder, first, calibration, tokenizer.first_sentinel),
   )
   report = result.report
   summary = {

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+import numpy as np
 
 from moejax import sharding, store, tree
 from moejax.config import DecoderConfig, ModelConfig
@@ -141,6 +142,19 @@ def check_source(source: store.Source) -> None:
       raise UserError(
           f'{source.folder}: {path!r} has shape {found}, config.json wants {shape}; {mixed}'
       )
+  for path in wanted:
+    layer, found, _ = path.rpartition('/expert_map')
+    if found and not _leads(source.read(path), wanted[f'{layer}/experts/wi'][0]):
+      raise UserError(
+          f'{source.folder}: {path!r} leads to experts that the layer does not hold: 0 to '
+          f"{wanted[f'{layer}/experts/wi'][0] - 1}; restore the folder"
+      )
+
+
+def _leads(expert_map: np.ndarray, held: int) -> bool:
+  """Whether a layer's map is of integers in range."""
+  whole = np.issubdtype(np.asarray(expert_map).dtype, np.integer)
+  return bool(whole and (expert_map >= 0).all() and (expert_map < held).all())
 
 
 @jax.tree_util.register_dataclass

@@ -89,7 +89,7 @@ def compress(
       'source': origin, 'steps': [], 'layers': [], 'before': account.of_source(source)
   }
   plans: list[Any] = []
-  work_root = None if out is None else _work_folder(out, source, steps, data)
+  work_root = None if out is None else _work_folder(out, source, steps, data, statistics)
   report['before']['loss'] = _loss_before(source, data, work_root, progress)
   for i, step in enumerate(steps[:-1]):
     work = None if work_root is None else work_root / f'step_{i}'
@@ -177,12 +177,16 @@ def _check_out(out: Path, model: Model | str | Path) -> None:
   files.require_target(out)
 
 
-def _work_folder(out: Path, source: Any, steps: Sequence[base.Transform], data: Any) -> Path:
+def _work_folder(
+    out: Path, source: Any, steps: Sequence[base.Transform], data: Any,
+    statistics: stats.Statistics | None,
+) -> Path:
   """The folder of unfinished work for exactly this job; another job's leftovers are removed."""
   work = out.with_name(f'.{out.name}.compressing')
   job = hashlib.sha256(json.dumps({
       'format': FORMAT, 'source': source.fingerprint(), 'data': data.fingerprint(),
       'config': config_lib.to_json(source.config), 'steps': [step.describe() for step in steps],
+      'statistics': None if statistics is None else statistics.fingerprint(),
   }, sort_keys=True).encode()).hexdigest()
   try:
     if work.exists() and (

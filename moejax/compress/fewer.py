@@ -23,8 +23,8 @@ ROUTER = ('router/kernel', 'router/bias')
 class Fewer(base.Transform):
   """A transform after which the layers that match `layers` hold fewer experts.
 
-  experts: how many a layer, on average with a global budget; or ratio: which share goes; or
-  layer_experts: how many in each of these layers, in the model's order.
+  layer_experts: how many in each of these layers, in the model's order; without, experts: how many
+  a layer, on average with a global budget; without, ratio: which share of them goes.
   """
 
   experts: float | None
@@ -39,9 +39,8 @@ class Fewer(base.Transform):
 
   def __post_init__(self):
     require_one_of('budget', self.budget, BUDGETS)
-    given = (self.experts is not None) + (self.ratio is not None) + bool(self.layer_experts)
-    if given != 1:
-      raise UserError(f'{self.name}: give one of experts, ratio and layer_experts')
+    if self.experts is None and self.ratio is None and not self.layer_experts:
+      raise UserError(f'{self.name}: experts, ratio or layer_experts must say how many stay')
     if self.ratio is not None and not 0 <= self.ratio < 1:
       raise UserError(f'{self.name}: ratio = {self.ratio}: the share that goes, in [0, 1)')
     if self.at_least < 1 or (self.at_most is not None and self.at_most < self.at_least):
@@ -89,14 +88,15 @@ class Fewer(base.Transform):
             f'{len(held)} layers {", ".join(held)}'
         )
       counts = dict(zip(held, self.layer_experts))
-    elif self.ratio is not None:
-      counts = {path: n - math.floor(n * self.ratio + 1e-9) for path, n in held.items()}
+    elif self.experts is None:
+      ratio = self.ratio or 0.0
+      counts = {path: n - math.floor(n * ratio + 1e-9) for path, n in held.items()}
     else:
-      if self.experts != int(self.experts or 0):
+      if self.experts != int(self.experts):
         raise UserError(
             f"{self.name}: experts = {self.experts}: a whole number with budget = 'uniform'"
         )
-      counts = dict.fromkeys(held, int(self.experts or 0))
+      counts = dict.fromkeys(held, int(self.experts))
     for path, count in counts.items():
       if not 1 <= count <= held[path]:
         raise UserError(
@@ -136,6 +136,17 @@ class Fewer(base.Transform):
         name: jax.ShapeDtypeStruct((own['count'], *leaf.shape[1:]), leaf.dtype)
         if name.startswith('experts/') else leaf for name, leaf in leaves.items()
     }
+
+
+def how_many(
+    name: str, experts: float | Sequence[int] | None, ratio: float | None
+) -> dict[str, Any]:
+  """The fields of `Fewer` from what a factory takes: a number, one for each layer, or a share."""
+  if (experts is None) == (ratio is None):
+    raise UserError(f'{name}: give one of experts and ratio')
+  if isinstance(experts, (tuple, list)):
+    return {'experts': None, 'ratio': None, 'layer_experts': tuple(experts)}
+  return {'experts': experts, 'ratio': ratio, 'layer_experts': ()}
 
 
 def require_one_of(field: str, value: str, known: Sequence[str]) -> None:

@@ -514,11 +514,9 @@ def merge(
   Raises:
     UserError: an unknown name, or numbers that do not fit each other.
   """
-  several = isinstance(experts, (tuple, list))
   return Merge(
-      experts=None if several else experts,  # type: ignore[arg-type]
-      layer_experts=tuple(experts) if several else (),  # type: ignore[arg-type]
-      ratio=ratio, budget=budget, at_least=at_least, at_most=at_most, layers=layers,
+      **fewer.how_many('merge', experts, ratio), budget=budget, at_least=at_least,
+      at_most=at_most, layers=layers,
       similarity=similarity, grouping=grouping, capacity=capacity, dominant_alone=dominant_alone,
       alignment=alignment, reference=reference, include_wo=include_wo, operator=operator,
       router=router, ridge=ridge, gradients=gradients, compat=compat, expert_group=expert_group,
@@ -526,12 +524,12 @@ def merge(
   )
 
 
-def msmoe(experts: float, **changes) -> Merge:
+def msmoe(experts: float | None = None, **changes) -> Merge:
   """`merge` as MC-SMoE publishes it: aligned to each layer's first expert, its quirks kept."""
   return merge(experts, **{'reference': 'first', 'compat': 'mcsmoe', **changes})
 
 
-def uncurl(experts: float, **changes) -> Merge:
+def uncurl(experts: float | None = None, **changes) -> Merge:
   """UNCURL (arXiv 2409.01483): spectral clusters of router logits, aligned to the most used expert
   and averaged by usage, behind a new router that is to be trained."""
   return merge(experts, **{
@@ -539,14 +537,14 @@ def uncurl(experts: float, **changes) -> Merge:
   })
 
 
-def hc_smoe(experts: float, **changes) -> Merge:
+def hc_smoe(experts: float | None = None, **changes) -> Merge:
   """HC-SMoE (arXiv 2410.08589): clusters of mean outputs, averaged by usage, not aligned."""
   return merge(experts, **{
       'grouping': 'agglomerative', 'budget': 'uniform', 'alignment': 'none', **changes
   })
 
 
-def ream(experts: float, **changes) -> Merge:
+def ream(experts: float | None = None, **changes) -> Merge:
   """REAM (arXiv 2604.04356): REAP's best absorb their nearest by outputs and gates, weighed by
   saliency; the router keeps their rows. The plan is made once, not again behind each layer."""
   return merge(experts, **{

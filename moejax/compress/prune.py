@@ -209,10 +209,8 @@ def prune(
   Raises:
     UserError: an unknown method, or numbers that no layer can have.
   """
-  several = isinstance(experts, (tuple, list))
   return Prune(
-      method=method, experts=None if several else experts,  # type: ignore[arg-type]
-      layer_experts=tuple(experts) if several else (),  # type: ignore[arg-type]
-      ratio=ratio, budget=budget, at_least=at_least, at_most=at_most, layers=layers,
-      samples=samples, beta=beta, expert_group=expert_group, seed=seed,
+      method=method, **fewer.how_many('prune', experts, ratio), budget=budget, at_least=at_least,
+      at_most=at_most, layers=layers, samples=samples, beta=beta, expert_group=expert_group,
+      seed=seed,
   )

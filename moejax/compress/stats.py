@@ -73,6 +73,15 @@ class Statistics:
         )
     return self.layers[path]
 
+  def fingerprint(self) -> str:
+    """SHA-256 over every sum."""
+    digest = hashlib.sha256(self.model.encode())
+    for path, sums in sorted(self.layers.items()):
+      for name, value in sorted(sums.items()):
+        digest.update(f'{path}:{name}{value.shape}'.encode())
+        digest.update(np.ascontiguousarray(value, np.float64).tobytes())
+    return digest.hexdigest()
+
   def require(self, kinds: Iterable[str], step: str) -> None:
     """Raises UserError unless all `kinds` were measured."""
     if missing := sorted(set(kinds) - set(self.kinds)):
@@ -139,7 +148,8 @@ def read_gradients(
 def measure(
     model: Model | str | Path, batches: Iterable[Mapping[str, Any]],
     kinds: Iterable[str] = ('routing', 'outputs'), *, chunk_tokens: int = CHUNK_TOKENS,
-    compat: str = '', work: Path | None = None, progress: bool = False,
+    compat: str = '', sentinel: int | None = None, work: Path | None = None,
+    progress: bool = False,
 ) -> Statistics:
   """Statistics over every real token of `batches` (see `samples.collect`); no capacity drops any.
 
@@ -150,6 +160,7 @@ def measure(
     compat: 'mcsmoe' counts as MC-SMoE's code does, over the padded batches as they are: padding
       counts, and choices that capacity drops count for expert 0. Kind 'routing' alone, and the
       whole model in memory.
+    sentinel: the least special token id, see `samples.collect`.
     work: a file that keeps the sums of the pieces that are done; the same call resumes from it.
     progress: show a progress bar.
 
@@ -164,7 +175,7 @@ def measure(
     raise UserError(f'the model has no experts ({source.config.family}): nothing to measure')
   if compat:
     return _as_published(model, source, batches, kinds)
-  data = samples.collect(source.config, batches)
+  data = samples.collect(source.config, batches, sentinel=sentinel)
   return of_samples(source, data, kinds, chunk_tokens=chunk_tokens, work=work, progress=progress)
 
 

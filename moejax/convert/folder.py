@@ -27,13 +27,17 @@ def entries(config: ModelConfig, found: Files | None = None) -> tuple[rules.Entr
   """Every leaf of a model with the Hugging Face tensors it is made of, as found or as written.
 
   Raises:
-    UserError: layers hold different numbers of experts, or merged ones.
+    UserError: layers hold different numbers of experts, or merged ones, or skip one.
   """
   if config.moe is not None and config.moe.layer_experts:
     raise UserError(
         f'layers that hold {config.moe.layer_experts} experts'
         f'{" behind an expert map" if config.moe.merged else ""}: transformers knows one number of '
         'experts for all layers, each with its own row of the router; keep the moejax format'
+    )
+  if config.moe is not None and config.moe.skip:
+    raise UserError(
+        'transformers cannot skip a second expert (moe.skip): keep the moejax format, or set it to []'
     )
   family = FAMILIES[config.family]
   return rules.expand(family.rules(config, found), family.sizes(config), family.layers(config))

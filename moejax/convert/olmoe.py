@@ -41,7 +41,8 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
       d_head=config.d_model // config.num_heads,
   )
   return {
-      **decoder.write_plain(config), 'num_experts': moe.num_experts,
+      **decoder.write_plain(config), 'intermediate_size': moe.d_ff or config.d_ff,
+      'num_experts': moe.num_experts,
       'num_experts_per_tok': moe.top_k, 'norm_topk_prob': moe.normalize_gates,
       'router_aux_loss_coef': moe.router_aux_loss_coef, 'clip_qkv': config.clip_qkv,
       'attention_bias': config.attention_bias,

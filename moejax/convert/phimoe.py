@@ -55,7 +55,8 @@ def write_config(config: DecoderConfig) -> dict[str, Any]:
       full_attention_layers=(),
   )
   return {
-      **decoder.write_plain(config), 'num_local_experts': moe.num_experts,
+      **decoder.write_plain(config), 'intermediate_size': moe.d_ff or config.d_ff,
+      'num_local_experts': moe.num_experts,
       'num_experts_per_tok': moe.top_k, 'router_jitter_noise': moe.jitter_eps,
       'input_jitter_noise': moe.input_jitter_noise,
       'router_aux_loss_coef': moe.router_aux_loss_coef, 'attention_bias': config.attention_bias,

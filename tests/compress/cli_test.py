@@ -58,6 +58,35 @@ def test_compress_text(folder):
   assert not isinstance(experts['encoder']['layers_1']['ffn']['experts']['wi'], weights.Packed)
 
 
+def test_prune_and_merge_text(folder):
+  common = ('--model', folder / 'model', '--calibration', folder / 'text.txt', '--samples', 4,
+            '--statistics', folder / 'statistics.npz')
+  done = run('--config', 'configs/prune.py', *common, '--out', folder / 'pruned')
+  assert done.returncode == 0, done.stderr
+  assert Model.load(folder / 'pruned').config.moe.num_experts == 2
+  sizes = json.loads(done.stdout)
+  assert sizes['after']['expert_bytes'] == sizes['before']['expert_bytes'] / 2
+  measured = (folder / 'statistics.npz').read_bytes()
+  done = run(
+      '--config', 'configs/merge.py', *common, '--out', folder / 'merged', '--set', 'experts=3',
+      '--set', 'budget=uniform',
+  )
+  assert done.returncode == 0, done.stderr
+  assert Model.load(folder / 'merged').config.moe.layer_experts == (3, 3)
+  assert (folder / 'statistics.npz').read_bytes() == measured
+  assert not list(folder.glob('.statistics*'))
+  for config, change, message in (
+      ('merge.py:hc_smoe', 'experts=2', "needs statistics of kind ['all_outputs']"),
+      ('prune.py', 'experts=5', '5 experts for encoder/layers_1/ffn, which has 4'),
+      ('prune.py:reep', 'experts=2', "did you mean 'reap'"),
+      ('prune.py', 'expert=2', 'did you mean'),
+  ):
+    done = run('--config', f'configs/{config}', *common, '--out', folder / 'bad', '--set', change)
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (folder / 'bad').exists()
+
+
 @pytest.mark.parametrize('model', ['switch-c-2048', None])
 def test_dry_run_writes_nothing(folder, model):
   before = sorted(folder.rglob('*'))

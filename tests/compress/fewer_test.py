@@ -1,19 +1,33 @@
 """merge and prune through `compress`: exactness classes, every method, files, resume."""
 
 import dataclasses
+from pathlib import Path
+import sys
 
 import jax
 import numpy as np
 import pytest
-import small_models as small
 
 import moejax
 from moejax import tree
-from moejax.compress import compress, driver, hc_smoe, msmoe, ream, skip_second, stats, uncurl
+from moejax.compress import (
+  compress,
+  driver,
+  dry_run,
+  hc_smoe,
+  msmoe,
+  ream,
+  skip_second,
+  stats,
+  uncurl,
+)
 from moejax.compress import merge as merge_lib
 from moejax.compress import prune as prune_lib
 from moejax.errors import UserError
 from moejax.model import Model
+
+sys.path.insert(0, str(Path(__file__).parent))
+import small_models as small
 
 FAMILIES = tuple(small.CONFIGS)
 
@@ -139,6 +153,69 @@ def test_global_budgets_meet_their_average():
   assert sum(held(merged)) <= 6
   listed = run('qwen2_moe', moejax.prune('frequency', experts=(2, 5))).model
   assert held(listed) == [2, 5] and listed.config.moe.layer_experts == (2, 5)
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+@pytest.mark.parametrize('step', (
+    moejax.prune('reap', experts=4), moejax.merge(4, budget='uniform'),
+    moejax.merge(4, budget='uniform', router='slice'),
+), ids=('prune', 'remap', 'slice'))
+def test_a_dry_run_tells_the_size(family, step):
+  model = small.model(family)
+  told = dry_run(model, step)
+  made = run(family, step, model)
+  assert told['after'] == {**made.report['after'], 'loss': None}
+
+
+@pytest.mark.parametrize('family', FAMILIES)
+def test_to_hugging_face_and_back(family, tmp_path):
+  pruned = run(family, moejax.prune('reap', experts=4)).model
+  moejax.to_hf(pruned, tmp_path / 'hf')
+  again = moejax.from_hf(tmp_path / 'hf')
+  assert again.config.moe.num_experts == 4
+  np.testing.assert_allclose(
+      small.logits(again, family), small.logits(pruned, family), rtol=0, atol=1e-5
+  )
+  uneven = run(family, moejax.prune('reap', experts=(4, 5, 4)[: 3 if family == 'switch' else 2]))
+  with pytest.raises(UserError, match=r'transformers knows one number of experts'):
+    moejax.to_hf(uneven.model, tmp_path / 'uneven')
+  assert not (tmp_path / 'uneven').exists()
+  if pruned.config.moe.top_k == 2:
+    skipping = run(family, skip_second(0.5), pruned).model
+    with pytest.raises(UserError, match='cannot skip a second expert'):
+      moejax.to_hf(skipping, tmp_path / 'uneven')
+
+
+@pytest.mark.parametrize('family', ('switch', 'mixtral'))
+def test_transformers_runs_what_is_left(family, tmp_path):
+  torch = pytest.importorskip('torch')
+  transformers = pytest.importorskip('transformers')
+  pruned = run(family, moejax.prune('reap', experts=4)).model
+  moejax.to_hf(pruned, tmp_path / 'hf')
+  batch = small.batches(family, 1, 7)[0]
+  ids = lambda name: torch.tensor(batch[name].astype(np.int64))
+  if family == 'switch':
+    kind = transformers.SwitchTransformersForConditionalGeneration
+    theirs = kind.from_pretrained(tmp_path / 'hf')
+    tokens = ids('encoder_tokens')
+    inputs = {'input_ids': tokens, 'attention_mask': (tokens != 0).long(),
+              'decoder_input_ids': ids('decoder_tokens')}
+  else:
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
+    inputs = {'input_ids': ids('tokens')}
+  with torch.no_grad():
+    want = theirs.eval()(**inputs).logits.float().numpy()
+  np.testing.assert_allclose(small.logits(pruned, family), want, rtol=0, atol=2e-4)
+
+
+def test_a_map_that_leads_nowhere(tmp_path):
+  made = run('mixtral', moejax.merge(3, budget='uniform')).model
+  flat = dict(tree.flatten(made.params))
+  path = 'decoder/layers_0/ffn/expert_map'
+  flat[path] = flat[path].at[2].set(3)
+  Model(made.config, tree.unflatten(flat)).save(tmp_path / 'model')
+  with pytest.raises(UserError, match=r'expert_map.* leads to experts .* 0 to 2'):
+    Model.load(tmp_path / 'model')
 
 
 def test_layers_left_out_stay():

@@ -1,16 +1,20 @@
 """Statistics of a whole model: streamed, masked, resumable, and as MC-SMoE counts them."""
 
 import dataclasses
+from pathlib import Path
+import sys
 
 import jax
-import mcsmoe_vectors as vectors
 import numpy as np
 import pytest
-import small_models as small
 
 from moejax import tree
 from moejax.compress import compress, gradients, merge, stats
 from moejax.errors import UserError
+
+sys.path.insert(0, str(Path(__file__).parent))
+import mcsmoe_vectors as vectors
+import small_models as small
 
 FAMILIES = tuple(small.CONFIGS)
 

@@ -1,0 +1,23 @@
+"""Experts dropped, and their rows of the router with them (REAP, arXiv 2510.13999, and others).
+
+  python -m experiments.compress --config configs/prune.py --model DIR --calibration TEXT --out DIR
+
+Variants, after a colon (configs/prune.py:naee): every method of `moejax.prune`, reap by default:
+reap, ean, man, msan, frequency, soft_frequency, aimer, naee, task_specific, random.
+
+Half of the experts go: --set experts=8 leaves 8 a layer instead, --set ratio=0.25 takes a quarter,
+--set budget=global one threshold over all layers. As long as two passes over the calibration;
+memory holds a group of experts and a piece of the calibration.
+"""
+
+from moejax.compress.prune import METHODS, Prune, prune
+from moejax.errors import UserError, did_you_mean
+
+
+def get_config(variant: str = 'reap') -> Prune:
+  if variant not in METHODS:
+    raise UserError(
+        f'configs/prune.py has no variant {variant!r}: one of {", ".join(METHODS)}'
+        f'{did_you_mean(variant, METHODS)}'
+    )
+  return prune(variant, ratio=0.5)
