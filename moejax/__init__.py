@@ -49,6 +49,7 @@ _PUBLIC = {
     'Ternary': 'moejax.weights',
     'TernaryV1': 'moejax.weights',
     'Packed': 'moejax.weights',
+    'LowRankSparse': 'moejax.weights',
     # accounting
     'summary': 'moejax.account',
 }

@@ -89,6 +89,23 @@ def is_array(leaf: Any) -> bool:
   return hasattr(leaf, 'dtype') and hasattr(leaf, 'ndim')
 
 
+def split_floats(params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+  """What can be trained and what cannot: leaves of floats; the others (a layer's expert map)."""
+  flat = flatten(params)
+  floats = {
+      path: leaf for path, leaf in flat.items()
+      if not is_array(leaf) or jnp.issubdtype(leaf.dtype, jnp.inexact)
+  }
+  if len(floats) == len(flat):
+    return dict(params), {}
+  return unflatten(floats), unflatten({p: a for p, a in flat.items() if p not in floats})
+
+
+def join(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
+  """The leaves of both: the inverse of `split_floats`."""
+  return unflatten({**flatten(a), **flatten(b)}) if b else dict(a)
+
+
 def cast_floats(params: Any, dtype: Any) -> Any:
   """Casts floating arrays to dtype; weight nodes keep their codes and levels untouched."""
 

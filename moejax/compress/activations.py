@@ -51,6 +51,7 @@ class Activations:
     self.stack_params = jax.tree.map(jnp.asarray, dict(outer[stack]))
     self.buffer = walk.embed(config, outer, tokens, positions)
     self._fields = [f for f in walk.Routed._fields if f != 'logits' or keep_logits]
+    self._before = self.buffer
     self._layer: tuple[int, Any] | None = None
     self._routing: walk.Routed | None = None
 

@@ -279,7 +279,7 @@ class Merge(fewer.Fewer):
     for g in ids:
       members = np.flatnonzero(labels == g)
       leader = next((int(d) for d in dominant if labels[d] == g), int(members[0]))
-      experts = fewer.read_experts(source, path, members)
+      experts = fewer.read_experts(source, path, members.tolist())
       one = self._one(own, path, source, context, members, leader, experts)
       one = {name: np.asarray(w).astype(experts[name].dtype) for name, w in one.items()}
       for name, w in one.items():

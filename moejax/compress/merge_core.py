@@ -60,7 +60,8 @@ def pick(experts: Experts, chosen_g: Sequence[int]) -> dict[str, jax.Array]:
 
 
 def solve_wo(
-    hidden_mf: jax.Array, outputs_md: jax.Array, start_fd: jax.Array, ridge: float = 1e-3
+    hidden_mf: jax.typing.ArrayLike, outputs_md: jax.typing.ArrayLike,
+    start_fd: jax.typing.ArrayLike, ridge: float = 1e-3,
 ) -> jax.Array:
   """MergeMoE (arXiv 2510.14436): the wo of a merged expert by least squares on its outputs.
 

@@ -201,6 +201,8 @@ def _concat(pieces: Sequence[Any]) -> Any:
         first, words=words, row_offsets=offsets, levels=stack('levels'),
         max_words=max(p.max_words for p in pieces),
     )
+  if isinstance(first, weights.LowRankSparse):
+    return weights.LowRankSparse.concat(pieces)
   if isinstance(first, weights.Packed):
     fields: dict[str, Any] = {name: stack(name) for name in ('words', 'scale', 'zero')}
     return dataclasses.replace(first, **fields)

@@ -175,7 +175,7 @@ def _routed_gates(moe, logits_me):
   return (chosen_mke * gate_mk[..., None]).sum(1)
 
 
-def _expert(source, path, expert) -> dict[str, np.ndarray]:
+def _expert(source, path, expert) -> dict[str, jax.Array]:
   return {name: jnp.asarray(w[0], jnp.float32)
           for name, w in fewer.read_experts(source, path, [expert]).items()}
 

@@ -278,7 +278,7 @@ class Observer:
       x_md: np.ndarray, y_md: np.ndarray, gate_m: np.ndarray,
   ) -> None:
     """A piece of an expert's work."""
-    sums, own = self.layers[path], {}
+    sums, own = self.layers[path], dict[str, Any]()
     if 'inputs' in self.kinds:
       own |= _input_moments(_rows(x_md))
     if 'outputs' in self.kinds:

@@ -39,9 +39,10 @@ class Observer(Protocol):
 
 def dropless(config: ModelConfig) -> Any:
   """The model without capacity: compression looks at every choice."""
-  return dataclasses.replace(
-      config, moe=dataclasses.replace(config.moe, expert_capacity=None, capacity_factor=None)
-  )
+  if config.moe is None:
+    return config
+  moe: Any = dataclasses.replace(config.moe, expert_capacity=None, capacity_factor=None)
+  return dataclasses.replace(config, moe=moe)
 
 
 class Context:

@@ -154,6 +154,33 @@ class TrainConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DistillConfig(Checked):
+  """Learning from a teacher: task_weight * cross-entropy + weight * `train.distill.logit_loss`.
+
+  teacher: its model folder; empty for none. temperature, reduction: see there; MC-SMoE (arXiv
+  2310.01334) has weight 0.2, temperature 2, reduction 'published'. deterministic: the student
+  learns without dropout, noise and sampling, as published; the teacher never has any.
+  """
+
+  section: ClassVar[str] = 'distill.'
+  least: ClassVar[Mapping[str, float]] = {'weight': 0, 'task_weight': 0}
+  teacher: str = ''
+  weight: float = 0.2
+  task_weight: float = 1.0
+  temperature: float = 2.0
+  reduction: str = 'token'
+  deterministic: bool = True
+
+  def __post_init__(self):
+    super().__post_init__()
+    require(self.temperature > 0, 'distill.temperature', self.temperature, 'above 0')
+    require(
+        self.reduction in ('token', 'published'), 'distill.reduction', self.reduction,
+        "'token' or 'published'",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Experiment(Checked):
   """Everything a run needs; one file in configs/ returns one of these."""
 
@@ -162,4 +189,5 @@ class Experiment(Checked):
   optim: OptimConfig = OptimConfig()
   mesh: MeshConfig = MeshConfig()
   train: TrainConfig = TrainConfig()
+  distill: DistillConfig = DistillConfig()
   init_from: str = ''

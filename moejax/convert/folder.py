@@ -37,7 +37,8 @@ def entries(config: ModelConfig, found: Files | None = None) -> tuple[rules.Entr
     )
   if config.moe is not None and config.moe.skip:
     raise UserError(
-        'transformers cannot skip a second expert (moe.skip): keep the moejax format, or set it to []'
+        'transformers cannot skip a second expert (moe.skip): keep the moejax format, or set it '
+        'to []'
     )
   family = FAMILIES[config.family]
   return rules.expand(family.rules(config, found), family.sizes(config), family.layers(config))

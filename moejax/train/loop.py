@@ -1,6 +1,7 @@
 """The training loop, top to bottom: data, state, resume, steps, the finished model folder."""
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import os
 import pathlib
 import sys
@@ -92,6 +93,22 @@ def initial_params(experiment: config_lib.Experiment) -> Any:
   return loaded.params
 
 
+def load_teacher(experiment: config_lib.Experiment, mesh: Mesh) -> model.Model | None:
+  """The model that `distill.teacher` names, on the mesh."""
+  folder = experiment.distill.teacher
+  if not folder:
+    return None
+  teacher = model.Model.load(folder)
+  ours, theirs = experiment.model, teacher.config
+  if (ours.vocab_size, ours.stacks) != (theirs.vocab_size, theirs.stacks):
+    raise errors.UserError(
+        f'distill.teacher {folder} is a {theirs.family} of {theirs.vocab_size} words; the student, '
+        f'a {ours.family} of {ours.vocab_size}, cannot be held to its logits'
+    )
+  places = sharding.param_shardings(teacher.params, mesh)
+  return dataclasses.replace(teacher, params=jax.device_put(teacher.params, places))
+
+
 def say(line: str) -> None:
   """Prints a line about the run, on the first process only."""
   if jax.process_index() == 0:
@@ -130,8 +147,9 @@ def check(experiment: config_lib.Experiment) -> None:
   for name, allowed in known.items():
     if getattr(train, name) not in allowed:
       raise errors.UserError(f'train.{name} = {getattr(train, name)!r}: one of {allowed}')
-  if experiment.init_from:
-    files.require_folder(experiment.init_from)
+  for folder in (experiment.init_from, experiment.distill.teacher):
+    if folder:
+      files.require_folder(folder)
 
 
 def start(
@@ -193,7 +211,9 @@ def run(
     say(f'model: {tree.count(state.params):,} parameters on {mesh.size} device(s)')
 
     # --- Steps
-    train_step = step_lib.jit_train_step(experiment, optimizer, mesh, places)
+    train_step = step_lib.jit_train_step(
+        experiment, optimizer, mesh, places, load_teacher(experiment, mesh)
+    )
     eval_step = step_lib.jit_eval_step(
         experiment, mesh, places, first_sentinel=data.tokenizer.first_sentinel
     )

@@ -95,6 +95,7 @@ def make_optimizer(
   Raises:
     UserError: unknown optimizer or schedule, or a parameter that no rule covers.
   """
+  params, _ = tree.split_floats(params)
   decay_factors = by_rules(config.weight_decay_rules, params, 'optim.weight_decay_rules')
   rate_factors = by_rules(config.learning_rate_rules, params, 'optim.learning_rate_rules')
   relative = config.scale_by_param_rms or config.optimizer == 'adafactor'

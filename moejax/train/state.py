@@ -32,7 +32,7 @@ class TrainState:
 def create(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
   """The state before the first step."""
   return TrainState(
-      step=jnp.int32(0), params=params, opt_state=optimizer.init(params),
+      step=jnp.int32(0), params=params, opt_state=optimizer.init(tree.split_floats(params)[0]),
       recent_losses=spikes.no_losses(),
   )
 

@@ -15,7 +15,7 @@ from moejax.routing import estimators
 from moejax.routing import losses as losses_lib
 from moejax.routing import metrics as metrics_lib
 from moejax.routing.types import Routing
-from moejax.train import spikes
+from moejax.train import distill, spikes
 from moejax.train import state as state_lib
 
 Batch = Mapping[str, jax.Array]
@@ -105,6 +105,7 @@ def loss_fn(
     total_weight: jax.Array,
     parts: int = 1,
     mesh: Mesh | None = None,
+    teacher: model.Model | None = None,
 ) -> tuple[jax.Array, Metrics]:
   """Masked cross-entropy plus the weighted router losses, float32.
 
@@ -115,13 +116,19 @@ def loss_fn(
   Args:
     batch: one of `parts` microbatches; `total_weight` is the weight of all of them, so the losses
       and gradients of the microbatches add up to those of the whole batch.
+    teacher: whose logits the student is held to, as `experiment.distill` says.
   """
-  output = forward(experiment, params, batch, key=key, mesh=mesh)
+  plain = teacher is not None and experiment.distill.deterministic
+  output = forward(experiment, params, batch, key=None if plain else key, mesh=mesh)
   losses, hits = cross_entropy(output.logits_btv, batch['targets'])
   cross = jnp.sum(losses * batch['weights']) / total_weight
   balance = balance_loss(experiment.model, output.routings, batch) / parts
   z = sum((r.z_loss for r in output.routings.values()), jnp.float32(0)) / parts
-  loss = cross
+  loss, extra = cross, {}
+  if teacher is not None:
+    kl = distillation(experiment, teacher, output.logits_btv, batch, total_weight, parts, mesh)
+    loss = experiment.distill.task_weight * cross + experiment.distill.weight * kl
+    extra['distillation'] = kl
   if experiment.model.moe is not None:
     moe = experiment.model.moe
     loss = loss + moe.router_aux_loss_coef * balance + moe.router_z_loss_coef * z
@@ -132,9 +139,29 @@ def loss_fn(
       'load_balance_loss': balance,
       'z_loss': z,
       'accuracy': jnp.sum(hits * batch['weights']) / total_weight,
+      **extra,
       **routing_metrics(experiment.model, output.routings, batch),
   }
   return loss, metrics
+
+
+def distillation(
+    experiment: config_lib.Experiment, teacher: model.Model, logits_btv: jax.Array, batch: Batch,
+    total_weight: jax.Array, parts: int, mesh: Mesh | None,
+) -> jax.Array:
+  """`distill.logit_loss` of a microbatch, as its part of the loss of the whole batch."""
+  theirs = model.forward(
+      teacher.config, teacher.params, batch, dtype=jnp.dtype(experiment.train.compute_dtype),
+      mesh=mesh,
+  ).logits_btv
+  how = experiment.distill
+  kl = distill.logit_loss(
+      logits_btv, jax.lax.stop_gradient(theirs), batch['weights'], temperature=how.temperature,
+      reduction=how.reduction,
+  )
+  if how.reduction == 'published':
+    return kl / parts
+  return kl * jnp.sum(batch['weights']) / total_weight
 
 
 def balance_loss(
@@ -184,15 +211,21 @@ def split_batch(batch: Batch, parts: int, mesh: Mesh | None) -> Batch:
 
 
 def gradients(
-    experiment: config_lib.Experiment, params: Any, batch: Batch, key: jax.Array, mesh: Mesh | None
+    experiment: config_lib.Experiment, params: Any, batch: Batch, key: jax.Array,
+    mesh: Mesh | None, teacher: model.Model | None = None,
 ) -> tuple[Any, Metrics]:
-  """Gradients and summed metrics of a batch, over `train.accumulate` microbatches in turn."""
+  """Gradients and summed metrics of a batch, over `train.accumulate` microbatches in turn.
+
+  Of the leaves that can be trained, see `tree.split_floats`.
+  """
+  params, fixed = tree.split_floats(params)
   parts = experiment.train.accumulate
   total = jnp.maximum(jnp.sum(batch['weights']), 1.0)
 
   def one(params, micro, key):
     fn = lambda p: loss_fn(
-        experiment, p, micro, key, total_weight=total, parts=parts, mesh=mesh
+        experiment, tree.join(p, fixed), micro, key, total_weight=total, parts=parts, mesh=mesh,
+        teacher=teacher,
     )
     (_, metrics), grads = jax.value_and_grad(fn, has_aux=True)(params)
     return grads, metrics
@@ -217,15 +250,17 @@ def train_step(
     state: state_lib.TrainState,
     batch: Batch,
     mesh: Mesh | None = None,
+    teacher: model.Model | None = None,
 ) -> tuple[state_lib.TrainState, Metrics]:
   """One optimizer step; its key is fold_in(key(train.seed), step).
 
   With `train.on_spike` 'skip' a bad step (see `spikes`) changes nothing but the counter.
   """
   key = jax.random.fold_in(jax.random.key(experiment.train.seed), state.step)
-  grads, metrics = gradients(experiment, state.params, batch, key, mesh)
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
+  grads, metrics = gradients(experiment, state.params, batch, key, mesh, teacher)
+  trained, fixed = tree.split_floats(state.params)
+  updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+  params = tree.join(optax.apply_updates(trained, updates), fixed)
   metrics = _finish_routing(metrics)
   metrics['grad_norm'] = tree.norm(grads)
   loss, train = metrics['cross_entropy'], experiment.train
@@ -234,7 +269,7 @@ def train_step(
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(bad, b, a), new, old)
     params, opt_state = keep(params, state.params), keep(opt_state, state.opt_state)
   metrics['bad_steps'] = bad.astype(jnp.float32)
-  metrics['param_norm'] = tree.norm(params)
+  metrics['param_norm'] = tree.norm(tree.split_floats(params)[0])
   metrics['tokens'] = count_tokens(batch, experiment.model)
   new = state_lib.TrainState(
       step=state.step + 1, params=params, opt_state=opt_state,
@@ -298,11 +333,6 @@ def check_fits(experiment: config_lib.Experiment, mesh: Mesh) -> None:
       raise errors.UserError(f'mesh.pipeline = {stages} is for decoders: set it to 1')
     blocks.check_pipeline(model_config, stages, size // parts, micro)
   if (moe := model_config.moe) is not None:
-    if moe.merged:
-      raise errors.UserError(
-          'moe.merged = True: the integers of its expert maps have no gradient, so a merged model '
-          'cannot be trained; start from one that is not merged'
-      )
     field = 'layer_experts' if moe.layer_experts else 'num_experts'
     for experts in moe.layer_experts or (moe.num_experts,):
       if experts % mesh.shape['expert']:
@@ -316,23 +346,29 @@ def jit_train_step(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     places: state_lib.TrainState,
-) -> jax.stages.Wrapped:
+    teacher: model.Model | None = None,
+) -> Any:
   """`train_step` compiled for a mesh: (state, batch) -> (state, metrics).
 
-  The state is donated and kept where `places` says.
+  The state is donated and kept where `places` says; the teacher, on the mesh, is an argument.
   """
   check_fits(experiment, mesh)
 
-  def step(state: state_lib.TrainState, batch: Batch) -> tuple[state_lib.TrainState, Metrics]:
-    return train_step(experiment, optimizer, state, batch, mesh)
+  def step(
+      state: state_lib.TrainState, batch: Batch, *teachers: model.Model
+  ) -> tuple[state_lib.TrainState, Metrics]:
+    return train_step(experiment, optimizer, state, batch, mesh, *teachers)
 
   step.__name__ = 'train_step'  # What profiles and dumps call the program.
-  return jax.jit(
+  teachers = () if teacher is None else (teacher,)
+  their_places = jax.tree.map(lambda a: a.sharding, teachers)
+  jitted = jax.jit(
       step,
-      in_shardings=(places, sharding.batch_sharding(mesh)),
+      in_shardings=(places, sharding.batch_sharding(mesh), *their_places),
       out_shardings=(places, NamedSharding(mesh, PartitionSpec())),
       donate_argnums=0,
   )
+  return jitted if teacher is None else lambda state, batch: jitted(state, batch, teacher)
 
 
 def jit_eval_step(

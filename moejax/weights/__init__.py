@@ -1,13 +1,14 @@
 """Compressed weight nodes: each takes the place of an array [e, d, f] or [d, f] in the params."""
 
 from moejax.weights.base import WeightNode
+from moejax.weights.low_rank_sparse import LowRankSparse
 from moejax.weights.mixed import Mixed
 from moejax.weights.packed import Packed
 from moejax.weights.ternary import Ternary
 from moejax.weights.ternary_v1 import TernaryV1
 
 NODE_CLASSES: dict[str, type[WeightNode]] = {
-    c.__name__: c for c in (Ternary, TernaryV1, Packed, Mixed)
+    c.__name__: c for c in (Ternary, TernaryV1, Packed, Mixed, LowRankSparse)
 }
 
-__all__ = ['NODE_CLASSES', 'Mixed', 'Packed', 'Ternary', 'TernaryV1', 'WeightNode']
+__all__ = ['NODE_CLASSES', 'LowRankSparse', 'Mixed', 'Packed', 'Ternary', 'TernaryV1', 'WeightNode']

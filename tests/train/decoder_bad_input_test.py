@@ -20,8 +20,6 @@ CONFIG = pathlib.Path(__file__).parents[2] / 'configs' / 'grin_tiny.py'
     (['mesh.expert=3', 'mesh.data=1'], r'train\.batch_size = 8 must be a multiple'),
     (['mesh.expert=3', 'train.batch_size=6', 'mesh.data=1'],
      r'moe\.num_experts = 8 does not divide over mesh\.expert = 3'),
-    (['moe.layer_experts=[4]', 'moe.merged=true', 'mesh.data=1'],
-     r'moe\.merged = True: .* a merged model cannot be trained'),
     (['mesh.data=64', 'train.batch_size=64'], r'needs 64 devices, found'),
     (['mesh.pipeline=2', 'mesh.data=1'], r'mesh\.pipeline = 2 needs stacked layers'),
     (['mesh.pipeline=3', 'train.scan_layers=true', 'mesh.data=1', 'train.batch_size=18'],

@@ -1,0 +1,69 @@
+"""A merged or pruned model trained for a while, held to the model it was made from.
+
+  python -m experiments.train --config configs/recover.py:full@STUDENT --workdir runs/recovered
+
+STUDENT is the folder of the merged or pruned model, its weights not quantized. Its texts and its
+teacher come from its manifest: what it was trained on, and the folder it was made from.
+Others: --set distill.teacher=DIR, --set 'data.train_files=["FILE"]'. Variants, before the @:
+  full       all weights; cross-entropy and KL a token, weight 1, temperature 2
+  router     only the routers, KL alone at temperature 1 (Router-KD, arXiv 2603.02217)
+  published  as MC-SMoE (arXiv 2310.01334): weight 0.2, summed KL, routers frozen, no router losses
+  task       all weights, no teacher
+
+Sharded and resumable as all training is. Steps, rate and batch are those of a small model: set
+--set train.steps=... --set optim.learning_rate=... for others.
+"""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from moejax import config, evaluate, files, store
+from moejax.errors import UserError, did_you_mean
+
+VARIANTS = ('full', 'router', 'published', 'task')
+ROUTERS = r'.*/router/.*'
+
+
+def get_config(variant: str = '') -> config.Experiment:
+  kind, found, folder = variant.partition('@')
+  if kind not in VARIANTS or not found:
+    raise UserError(
+        f'configs/recover.py:{variant}: say VARIANT@FOLDER, a variant of {", ".join(VARIANTS)}'
+        f'{did_you_mean(kind, VARIANTS)} and the folder of the model to train'
+    )
+  source = store.Source(files.require_folder(folder))
+  if source.config.moe is None:
+    raise UserError(f'{folder} has no experts')
+  moe: Any = source.config.moe
+  optim = config.OptimConfig(
+      learning_rate=1e-3, warmup_steps=16, schedule='linear', weight_decay=0.01
+  )
+  distill = config.DistillConfig(teacher=_teacher(source), weight=1.0)
+  if kind == 'router':
+    optim = dataclasses.replace(optim, learning_rate_rules=((ROUTERS, 1.0), ('.*', 0.0)))
+    distill = dataclasses.replace(distill, task_weight=0.0, temperature=1.0)
+  elif kind == 'published':
+    optim = dataclasses.replace(
+        optim, learning_rate=1e-4, eps=1e-6, end_fraction=0.0,
+        learning_rate_rules=((ROUTERS, 0.0), ('.*', 1.0)),
+        weight_decay_rules=((r'.*relative_bias', 0.0), ('.*', 1.0)), clip_norm=0.0,
+    )
+    distill = dataclasses.replace(distill, weight=0.2, reduction='published')
+  elif kind == 'task':
+    distill = config.DistillConfig()
+  if kind != 'task':
+    moe = dataclasses.replace(moe, router_aux_loss_coef=0.0, router_z_loss_coef=0.0)
+  return config.Experiment(
+      model=dataclasses.replace(source.config, moe=moe), data=evaluate.data_config(folder),
+      optim=optim, distill=distill, init_from=folder,
+      train=config.TrainConfig(
+          steps=200, batch_size=32, eval_every=100, checkpoint_every=100, log_every=10,
+      ),
+  )
+
+
+def _teacher(source: store.Source) -> str:
+  """The folder that the model was made from, if it is still there."""
+  made_from = str((source.manifest.get('provenance') or {}).get('source', ''))
+  return made_from if made_from and (pathlib.Path(made_from) / store.MANIFEST).is_file() else ''
