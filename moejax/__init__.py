@@ -43,6 +43,7 @@ _PUBLIC = {
     'qmoe': 'moejax.compress.quantize',
     'merge': 'moejax.compress.merge',
     'prune': 'moejax.compress.prune',
+    'decompose': 'moejax.compress.decompose',
     'chain': 'moejax.compress.base',
     'gptq': 'moejax.compress.gptq_core',
     'rtn': 'moejax.compress.gptq_core',

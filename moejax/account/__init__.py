@@ -12,6 +12,7 @@ from moejax.account.counts import (
   flops_per_token,
   forward_flops,
   layers,
+  nonzeros,
   of_source,
   parameters,
   part_of,
@@ -22,6 +23,7 @@ from moejax.account.counts import (
 )
 from moejax.account.predicted import (
   expected_zero_share,
+  low_rank_sparse_node,
   packed_node,
   ternary_bits_per_weight,
   ternary_node,
@@ -37,6 +39,8 @@ __all__ = [
     'flops_per_token',
     'forward_flops',
     'layers',
+    'low_rank_sparse_node',
+    'nonzeros',
     'of_source',
     'packed_node',
     'parameters',

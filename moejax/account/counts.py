@@ -71,35 +71,56 @@ def _is_map(path: str) -> bool:
   return path.endswith('/expert_map')
 
 
-def _met(path: str, shape: tuple[int, ...], config: ModelConfig) -> int:
+def _own(leaf: Any) -> int:
+  """Parameters of an array or a node."""
+  return leaf.parameters if isinstance(leaf, weights.WeightNode) else math.prod(leaf.shape)
+
+
+def _met(path: str, leaf: Any, config: ModelConfig) -> int:
   """The parameters of a weight that a token meets."""
-  size = 0 if _is_map(path) else math.prod(shape)
+  size = 0 if _is_map(path) else _own(leaf)
   if part_of(path) != 'experts':
     return size
-  return size // shape[0] * experts_a_token(config, shape[0])
+  return size // leaf.shape[0] * experts_a_token(config, leaf.shape[0])
 
 
 def parameters(params: Mapping[str, Any]) -> int:
-  """Logical parameters: nodes count the weights they stand for, merged experts once, maps not."""
-  flat = tree.flatten(params)
-  return tree.count({path: leaf for path, leaf in flat.items() if not _is_map(path)})
+  """Distinct parameters: merged experts once, maps not; a quantized node counts the weights it
+  stands for, a factored one its factors (`node.parameters`)."""
+  return sum(_own(leaf) for path, leaf in tree.flatten(params).items() if not _is_map(path))
+
+
+def nonzeros(params: Mapping[str, Any]) -> int:
+  """Parameters that are not 0, read from the weights; maps are not counted."""
+  return sum(_nonzeros(leaf) for path, leaf in tree.flatten(params).items() if not _is_map(path))
+
+
+def _nonzeros(leaf: Any) -> int:
+  if isinstance(leaf, weights.LowRankSparse):
+    return sum(map(_nonzeros, (leaf.left, leaf.right, leaf.kept)))
+  if isinstance(leaf, weights.WeightNode):
+    node: Any = leaf
+    experts = node.shape[0] if len(node.shape) == 3 else 1
+    one = lambda i: np.asarray(leaf.expert(i, np.float32))
+    return sum(int(np.count_nonzero(one(i))) for i in range(experts))
+  return int(np.count_nonzero(np.asarray(leaf)))
 
 
 def active_parameters(params: Mapping[str, Any], config: ModelConfig) -> int:
   """Parameters a token meets: all but the experts it is not sent to."""
   return sum(
-      _met(path, tuple(leaf.shape), config) for path, leaf in tree.flatten(params).items()
+      _met(path, leaf, config) for path, leaf in tree.flatten(params).items()
   )
 
 
 def path_flops(
-    path: str, shape: tuple[int, ...], config: ModelConfig, source: int, target: int
+    path: str, leaf: Any, config: ModelConfig, source: int, target: int
 ) -> float:
   """Matmul FLOPs of one weight in a forward pass over one sample; see `forward_flops`."""
-  size = _met(path, shape, config)
+  size = _met(path, leaf, config)
   if path == 'shared/embedding':
     return 2.0 * size * target if config.tie_embeddings else 0.0
-  if path == 'shared/positions' or part_of(path) == 'norms_and_biases' or len(shape) < 2:
+  if path == 'shared/positions' or part_of(path) == 'norms_and_biases' or len(leaf.shape) < 2:
     return 0.0
   of_source = path.startswith('encoder/') or path.endswith(
       ('cross_attention/k', 'cross_attention/v')
@@ -113,7 +134,7 @@ def forward_flops(config: ModelConfig, source: int, target: int, params: Any = N
   Two for each weight and token of a matmul, attention scores and mixtures included, those that a
   causal mask hides as well; a token uses its choices of a sparse layer. Look-ups, norms and
   softmaxes are not counted. Compressed weights
-  count as the matmul they stand for.
+  count as the matmul they stand for, factored ones as their factors.
 
   Args:
     config: the model.
@@ -122,7 +143,7 @@ def forward_flops(config: ModelConfig, source: int, target: int, params: Any = N
   """
   flat = shapes(config) if params is None else tree.flatten(params)
   total = sum(
-      path_flops(path, tuple(leaf.shape), config, source, target) for path, leaf in flat.items()
+      path_flops(path, leaf, config, source, target) for path, leaf in flat.items()
   )
   return total + 4.0 * _attention_pairs(config, source, target)
 
@@ -193,12 +214,12 @@ def layers(
         'stored_bits': 0, 'expert_bits': 0, 'expert_parameters': 0, 'flops': 0.0,
     })
     size, bits = math.prod(leaf.shape), stored_bits(leaf)
-    met = _met(path, tuple(leaf.shape), config)
+    met = _met(path, leaf, config)
     expert = part_of(path) == 'experts'
-    row['parameters'] += 0 if _is_map(path) else size
+    row['parameters'] += 0 if _is_map(path) else _own(leaf)
     row['active_parameters'] += met
     row['stored_bits'] += bits
-    row['flops'] += path_flops(path, tuple(leaf.shape), config, source, target)
+    row['flops'] += path_flops(path, leaf, config, source, target)
     if expert:
       row['sparse'] = True
       row['expert_bits'] += bits

@@ -121,6 +121,19 @@ def ternary_node(
   return _ternary(shape, words, storage, level_dtype)
 
 
+def low_rank_sparse_node(
+    shape: tuple[int, int, int], rank: int, keep: float, dtype: Any = ml_dtypes.bfloat16
+) -> weights.LowRankSparse:
+  """An abstract `LowRankSparse` [e, d, f] whose experts keep round(keep * f) outputs each."""
+  e, d, f = shape
+  kept = max(round(keep * f), 1)
+  like = jax.ShapeDtypeStruct
+  return weights.LowRankSparse(
+      left=like((e, d, rank), dtype), right=like((e, rank, f), dtype),
+      kept=like((e, d, kept), dtype), index=like((e, kept), np.int32),
+  )
+
+
 def packed_node(
     shape: tuple[int, int, int], bits: int, *, group_size: int | None = None,
     level_dtype: Any = ml_dtypes.bfloat16,

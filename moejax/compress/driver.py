@@ -23,7 +23,7 @@ import numpy as np
 
 from moejax import account, files, store, tree
 from moejax import config as config_lib
-from moejax.compress import base, parts, sources, stats, walker
+from moejax.compress import base, gradients, parts, sources, stats, walker
 from moejax.compress import samples as samples_lib
 from moejax.errors import UserError
 from moejax.model import Model
@@ -237,7 +237,12 @@ def _plan(source, step, data, work, progress, statistics) -> dict[str, Any]:
   kinds = step.statistics()
   if kinds and statistics is None:
     held = None if work is None else work / 'statistics.npz'
-    statistics = stats.of_samples(source, data, kinds, work=held, progress=progress)
+    walked = tuple(kind for kind in kinds if kind != 'gradients')
+    statistics = stats.of_samples(source, data, walked, work=held, progress=progress) if (
+        walked
+    ) else gradients.of_samples(source, data)
+    if walked and 'gradients' in kinds:
+      statistics = stats.both(statistics, gradients.of_samples(source, data))
   elif kinds and statistics is not None:
     statistics.require(kinds, step.name)
   # Through JSON, so that both go on alike.

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from moejax import tree
-from moejax.compress import sources, stats, stats_core
+from moejax.compress import samples, sources, stats, stats_core
 from moejax.config import DecoderConfig, ModelConfig
 from moejax.errors import UserError
 from moejax.model import Model, apply_fn
@@ -45,15 +45,11 @@ def measure(
   rest = {path: leaf for path, leaf in flat.items() if path not in experts}
   totals: stats_core.Sums = {}
   count = 0
-  for batch in batches:
-    arrays = {name: np.asarray(a) for name, a in batch.items()}
-    size = len(next(iter(arrays.values())))
-    for start in range(0, size - micro_batch + 1, micro_batch):
-      piece = {name: jnp.asarray(a[start : start + micro_batch]) for name, a in arrays.items()}
-      found = _gradients(model.config, experts, rest, piece, mesh)
-      totals = stats_core.add(totals, {f'{p}:gradient': g for p, g in found.items()})
-      totals = stats_core.add(totals, {f'{p}:square': jnp.square(g) for p, g in found.items()})
-      count += 1
+  for piece in _pieces(batches, micro_batch):
+    found = _gradients(model.config, experts, rest, piece, mesh)
+    totals = stats_core.add(totals, {f'{p}:gradient': g for p, g in found.items()})
+    totals = stats_core.add(totals, {f'{p}:square': jnp.square(g) for p, g in found.items()})
+    count += 1
   if not count:
     raise UserError(f'no batch has micro_batch = {micro_batch} examples')
   layers: dict[str, stats_core.Sums] = {}
@@ -65,6 +61,24 @@ def measure(
       layers=layers, kinds=('gradients',), tokens={},
       model=stats.identity(sources.open_source(model)),
   )
+
+
+def of_samples(source: Any, data: samples.Samples, micro_batch: int = 16) -> stats.Statistics:
+  """`measure` for calibration samples that are taken apart already, of a model read whole."""
+  params = tree.unflatten({
+      path: jax.tree.map(jnp.asarray, source.read(path)) for path in source.paths()
+  })
+  return measure(Model(source.config, params), samples.padded(data, micro_batch), micro_batch)
+
+
+def _pieces(
+    batches: Iterable[Mapping[str, Any]], micro_batch: int
+) -> Iterable[dict[str, jax.Array]]:
+  for batch in batches:
+    arrays = {name: np.asarray(a) for name, a in batch.items()}
+    size = len(next(iter(arrays.values())))
+    for start in range(0, size - micro_batch + 1, micro_batch):
+      yield {name: jnp.asarray(a[start : start + micro_batch]) for name, a in arrays.items()}
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'mesh'))

@@ -202,7 +202,12 @@ def _concat(pieces: Sequence[Any]) -> Any:
         max_words=max(p.max_words for p in pieces),
     )
   if isinstance(first, weights.LowRankSparse):
-    return weights.LowRankSparse.concat(pieces)
+    kept = [p.kept for p in pieces]
+    if not isinstance(kept[0], weights.WeightNode):
+      return weights.LowRankSparse.concat(pieces)
+    return dataclasses.replace(
+        first, left=stack('left'), right=stack('right'), index=stack('index'), kept=_concat(kept)
+    )
   if isinstance(first, weights.Packed):
     fields: dict[str, Any] = {name: stack(name) for name in ('words', 'scale', 'zero')}
     return dataclasses.replace(first, **fields)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax import account, weights
+from moejax import account, tree, weights
 from moejax.compress import base, budget, hessian_core, matrix, parts
 from moejax.errors import UserError
 from moejax.ops import ffn
@@ -49,15 +49,24 @@ class Quantize(base.Transform):
     )
 
   def accepts(self, path: str, leaf: Any) -> None:
-    if isinstance(leaf, weights.WeightNode):
+    if isinstance(leaf, weights.LowRankSparse) and tree.is_array(leaf.kept):
+      if self.matrix.max_error is not None or self.matrix.budget is not None:
+        raise UserError(
+            f'{path} is low rank and sparse: neither max_error nor a search with target_bits '
+            'goes with it'
+        )
+    elif isinstance(leaf, weights.WeightNode):
       raise UserError(
           f'{path} is a {type(leaf).__name__} node: quantize takes uncompressed weights; '
           'start from the model before it was compressed'
       )
 
   def predict(self, path: str, leaf: Any, zero_share: float | None) -> Any:
-    del path
     s = self.matrix
+    if isinstance(leaf, weights.LowRankSparse):
+      factors = {name: jax.ShapeDtypeStruct(a.shape, _factor_dtype(a, s))
+                 for name, a in (('left', leaf.left), ('right', leaf.right))}
+      return dataclasses.replace(leaf, kept=self.predict(path, leaf.kept, zero_share), **factors)
     dtype = np.dtype(leaf.dtype if s.level_dtype == 'weights' else s.level_dtype)
     if s.storage == 'dense':
       return jax.ShapeDtypeStruct(leaf.shape, dtype)
@@ -86,8 +95,14 @@ class Quantize(base.Transform):
 
   def _group(self, path, source, context, ids) -> parts.Group:
     names = [n for n in ('gate', 'wi', 'wo') if f'{path}/experts/{n}' in source.paths()]
+    nodes = {
+        name: source.read(f'{path}/experts/{name}').take(ids) for name in names
+        if isinstance(source.abstract(f'{path}/experts/{name}'), weights.LowRankSparse)
+    }
     own = {
-        name: np.stack([source.read_expert(f'{path}/experts/{name}', e) for e in ids])
+        name: parts.dense(nodes[name]) if name in nodes else np.stack(
+            [source.read_expert(f'{path}/experts/{name}', e) for e in ids]
+        )
         for name in names
     }
     first = [name for name in names if name != 'wo']
@@ -101,6 +116,8 @@ class Quantize(base.Transform):
     def run(grids: budget.Grids) -> dict[str, matrix.Stored]:
       def quantized(name, h):
         weight = f'{path}/experts/{name}'
+        if name in nodes:
+          return _quantize_kept(nodes[name], h, tokens, self.matrix, weight, ids)
         return matrix.quantize_matrices(
             own[name], h, tokens, self.matrix, weight, ids, grids.get(name)
         )
@@ -117,6 +134,28 @@ class Quantize(base.Transform):
     rows = [{'transform': self.name, **row} for name in names for row in made[name].rows]
     rows.sort(key=lambda row: row['expert'])
     return parts.Group(experts=ids, parts={n: list(made[n].parts) for n in names}, rows=rows)
+
+
+def _factor_dtype(leaf: Any, settings: matrix.Settings) -> np.dtype:
+  """Of a low rank's factors, which are stored as levels are."""
+  return np.dtype(leaf.dtype if settings.level_dtype == 'weights' else settings.level_dtype)
+
+
+def _quantize_kept(
+    node: weights.LowRankSparse, h: jax.Array, tokens: Sequence[int], settings: matrix.Settings,
+    path: str, ids: Sequence[int],
+) -> matrix.Stored:
+  """The kept outputs quantized: they are the weight less its low rank, with the same inputs."""
+  made = matrix.quantize_matrices(np.asarray(node.kept), h, tokens, settings, path, ids)
+  (part,) = made.parts
+  whole = dataclasses.replace(
+      node, kept=part.weight, left=node.left.astype(_factor_dtype(node.left, settings)),
+      right=node.right.astype(_factor_dtype(node.right, settings)),
+  )
+  rows = tuple({**row, 'bits_per_weight': whole.bits() / whole.size} for row in made.rows)
+  return dataclasses.replace(
+      made, parts=(dataclasses.replace(part, weight=whole),), rows=rows
+  )
 
 
 @functools.partial(jax.jit, static_argnames=('activation',))

@@ -179,6 +179,44 @@ class Batch:
   index: Mapping[str, np.ndarray]
 
 
+def padded(samples: Samples, rows: int) -> Iterator[dict[str, np.ndarray]]:
+  """Calibration samples as padded batches of `rows`, in a few static lengths, as `collect` takes
+  them; rows are filled up with padding, whose weights are 0."""
+  own = Samples(
+      samples=samples.samples[: len(samples.samples) - samples.validation], validation=0
+  )
+  stacks = tuple(own.samples[0].tokens)
+  by_shape: dict[tuple[int, ...], list[Sample]] = {}
+  for sample in own.samples:
+    shape = tuple(_padded(len(sample.tokens[stack])) for stack in stacks)
+    by_shape.setdefault(shape, []).append(sample)
+  for shape, members in sorted(by_shape.items()):
+    for at in range(0, len(members), rows):
+      some = members[at : at + rows]
+      fill = lambda arrays, width, dtype: _filled(arrays, rows, width, dtype)
+      made = {
+          stack: fill([s.tokens[stack] for s in some], width, np.int32)
+          for stack, width in zip(stacks, shape)
+      }
+      width = shape[-1]
+      out = {
+          'targets': fill([s.targets for s in some], width, np.int32),
+          'weights': fill([s.weights for s in some], width, np.float32),
+      }
+      if len(stacks) == 1:
+        real = fill([np.ones(len(s.targets)) for s in some], width, np.int32)
+        yield {**out, 'tokens': made[stacks[0]], 'segments': real}
+      else:
+        yield {**out, **{f'{stack}_tokens': a for stack, a in made.items()}}
+
+
+def _filled(arrays: Sequence[np.ndarray], rows: int, width: int, dtype: Any) -> np.ndarray:
+  out = np.zeros((rows, width), dtype)
+  for row, a in enumerate(arrays):
+    out[row, : len(a)] = a
+  return out
+
+
 def _padded(length: int) -> int:
   if length <= 512:
     return max(_SHORTEST, 1 << (length - 1).bit_length())

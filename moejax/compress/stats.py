@@ -128,6 +128,14 @@ def identity(source: Any) -> str:
   return digest.hexdigest()
 
 
+def both(a: Statistics, b: Statistics) -> Statistics:
+  """The sums of two passes over one model."""
+  return Statistics(
+      layers={path: {**sums, **b.layers[path]} for path, sums in a.layers.items()},
+      kinds=(*a.kinds, *b.kinds), tokens={**b.tokens, **a.tokens}, model=a.model,
+  )
+
+
 def read_gradients(
     file: Path | str, path: str, source: Any, name: str
 ) -> dict[str, np.ndarray]:

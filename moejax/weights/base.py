@@ -76,6 +76,11 @@ class WeightNode:
     """Logical weights."""
     return math.prod(self.shape)  # type: ignore[attr-defined]
 
+  @property
+  def parameters(self) -> int:
+    """Weights that inputs are multiplied with: of a factored weight those of its factors."""
+    return self.size
+
   def bits(self) -> int:
     """Stored bits, all metadata counted."""
     return sum(nbits(leaf) for leaf in jax.tree.leaves(self))

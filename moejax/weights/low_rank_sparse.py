@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import math
 from typing import Any, Self
 
 import jax
@@ -44,6 +45,10 @@ class LowRankSparse(base.WeightNode):
   def shape(self) -> tuple[int, ...]:
     """Logical shape [e, d, f]."""
     return (*self.left.shape[:2], self.right.shape[2])
+
+  @property
+  def parameters(self) -> int:
+    return sum(math.prod(a.shape) for a in (self.left, self.right, self.kept))
 
   @property
   def single(self) -> bool:
@@ -95,7 +100,8 @@ class LowRankSparse(base.WeightNode):
     """The node of these experts, in this order (host arrays)."""
     ids = np.asarray(experts)
     kept = self.kept
-    own = kept.take(ids, shards) if isinstance(kept, base.WeightNode) else np.asarray(kept)[ids]
+    node: Any = kept if isinstance(kept, base.WeightNode) else None
+    own = np.asarray(kept)[ids] if node is None else node.take(ids, shards)
     pick = lambda a: np.asarray(a)[ids]
     return dataclasses.replace(
         self, left=pick(self.left), right=pick(self.right), kept=own, index=pick(self.index)
