@@ -31,7 +31,7 @@ CONFIGS = {
     ),
     'olmoe': DecoderConfig(
         family='olmoe', qk_norm='full', moe=DecoderMoeConfig(
-            num_experts=EXPERTS, top_k=3, router='topk', d_ff=20
+            num_experts=EXPERTS, top_k=3, router='topk'
         ), **BASE,
     ),
     'qwen2_moe': DecoderConfig(
