@@ -31,6 +31,8 @@ evidence: $(VENV)/.installed-test
 	  --out experiments/evidence/foundation_cpu.json --markdown experiments/BENCHMARKS.md
 	$(BIN)/python -m experiments.bench --suite decoder \
 	  --out experiments/evidence/decoder_cpu.json --markdown experiments/BENCHMARKS_DECODER.md
+	$(BIN)/python -m experiments.bench --suite merge \
+	  --out experiments/evidence/merge_cpu.json --markdown experiments/BENCHMARKS_MERGE.md
 	$(BIN)/python -m experiments.estimators --out experiments/evidence/estimators
 	$(BIN)/python -m experiments.pods --out experiments/evidence/pods
 	$(BIN)/python -m experiments.study.texts

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import moejax
+from moejax import compress
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / 'README.md').read_text()
@@ -95,6 +96,23 @@ def test_the_sizes_of_the_readme_are_what_its_command_prints():
       for number, exact in zip(numbers(cell), numbers(printed[name.strip()][place])):
         decimals = len(number.partition('.')[2])
         assert f'{float(exact):.{decimals}f}' == number, (name, cell)
+
+
+def test_the_sizes_of_fewer_experts_are_those_of_a_dry_run():
+  config, layers = moejax.preset('switch-base-32'), '(?!encoder/layers_1/).*'
+  merge = moejax.merge(8, budget='uniform', layers=layers)
+  low, ternary = moejax.decompose(32, layers=layers), moejax.quantize('ternary')
+  wanted = [
+      compress.dry_run(config, merge)['before'],
+      *(compress.dry_run(config, moejax.chain(*steps))['after'] for steps in (
+          (merge,), (merge, low), (merge, ternary), (merge, low, ternary),
+      )),
+  ]
+  rows = README.partition('| of switch-base-32')[2].splitlines()[2:7]
+  for row, want in zip(rows, wanted, strict=True):
+    shown = [float(numbers(cell)[0]) for cell in row.strip('|').split('|')[1:]]
+    exact = want['parameters'] / 1e6, want['stored_bytes'] / 1e9, want['expert_bytes'] / 1e9
+    assert shown == [round(exact[0], 1), *(round(x, 3) for x in exact[1:])], row
 
 
 def numbers(cell: str) -> list[str]:

@@ -48,6 +48,11 @@ SUITES: dict[str, tuple[Worker, ...]] = {
         ),
         Worker(part='equal', module='dense_jax', needs=_JAX, seconds=400),
     ),
+    'merge': (
+        Worker(part='merge', module='merge_jax', needs=_JAX, seconds=120),
+        Worker(part='merge', module='merge_torch', needs=('torch',), seconds=30),
+        Worker(part='fewer', module='fewer_jax', needs=_JAX, seconds=90),
+    ),
 }
 
 

@@ -14,6 +14,8 @@ TITLES = {
     'experts': 'Expert feed-forward 768 -> 3072 -> 768, float32',
     'codec': 'Ternary formats and products with one expert (outputs x inputs)',
     'decoder': 'A Phi-MoE of hidden 512, 8 layers, 16 experts, two a token',
+    'merge': 'Merging and pruning one layer; statistics (ours) against loops over tokens (peer)',
+    'fewer': 'A Mixtral of width 256, 4 layers, 16 experts, compressed, against itself before',
     'equal': 'Training that MoE (ours) against a dense decoder of equal active parameters (peer)',
 }
 # (part, metric): how many times better than the peer ours should be.
@@ -21,6 +23,10 @@ TARGETS = {
     ('forward', 'forward pass'): 1.3,
     ('gptq', 'outside the factorisations'): 2.0,
     ('gptq', 'in total'): 1.0,
+    ('merge', 'usage and router similarity'): 100.0,
+    ('fewer', 'statistics for REAP'): 0.67,
+    ('fewer', 'forward pass'): 1.0,
+    ('fewer', '32 tokens after 32, greedy'): 1.0,
     ('decoder', 'forward pass'): 1.2,
     ('decoder', 'training step'): 1.2,
     ('decoder', '32 tokens after 32, greedy'): 3.0,
@@ -114,6 +120,8 @@ def number(value: float, unit: str) -> str:
     scale, name = (1e3, 'ms') if value >= 1e-3 else (1e6, 'us')
   elif unit == 'weights/s':
     scale, name = 1e-6, 'M/s'
+  elif unit in ('bytes', 'FLOPs'):
+    scale, name = 1e-6, {'bytes': 'MB', 'FLOPs': 'M'}[unit]
   elif unit == '%':
     return f'{value:.0f} %'
   elif unit == 'bits a weight':

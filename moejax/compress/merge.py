@@ -475,7 +475,7 @@ def merge(
     similarity: str = 'router-logits', grouping: str = 'msmoe', capacity: int | None = None,
     dominant_alone: str = '', alignment: str = 'weights', reference: str = 'dominant',
     include_wo: bool = True, operator: str = 'frequency', router: str = 'remap',
-    ridge: float = 1e-3, gradients: str = '', compat: str = '', expert_group: int = 4,
+    ridge: float = 1.0, gradients: str = '', compat: str = '', expert_group: int = 4,
     seed: int = 0,
 ) -> Merge:
   """Merges groups of experts into one each; M-SMoE (arXiv 2310.01334, 3.1) but for its quirks.

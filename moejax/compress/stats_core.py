@@ -40,11 +40,14 @@ def routing_sums(
   if dropped_to_first:
     assert keep_mk is not None, 'what capacity drops is in keep_mk'
     choice_mk = jnp.where(keep_mk, choice_mk, 0)
-  chosen_mke = jax.nn.one_hot(choice_mk, experts, dtype=jnp.float32) * mask[:, None, None]
+  mask_mk = jnp.broadcast_to(mask[:, None], choice_mk.shape)
+  by_expert = lambda a_mk: jnp.zeros(experts).at[choice_mk].add(a_mk, mode='drop')
+  # A choice of -1 is none, not the last.
+  choice_mk = jnp.where(choice_mk < 0, experts, choice_mk)
   masked = h * mask[:, None]
   return {
-      'tokens': chosen_mke.sum((0, 1)),
-      'gate': (chosen_mke * gate_mk.astype(jnp.float32)[..., None]).sum((0, 1)),
+      'tokens': by_expert(mask_mk),
+      'gate': by_expert(mask_mk * gate_mk.astype(jnp.float32)),
       'probability': (jax.nn.softmax(h, axis=-1) * mask[:, None]).sum(0),
       'gram': jnp.einsum('me,mc->ec', masked, masked, precision='highest'),
   }

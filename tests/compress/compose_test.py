@@ -27,7 +27,9 @@ DECOMPOSE = moejax.decompose(4, keep=0.3)
 # One width for all, so that a program serves every family.
 WHOLE = moejax.decompose(4, keep=1.0)
 CHAINS = {
-    'merge, decompose, ternary': moejax.chain(MERGE, WHOLE, moejax.quantize('ternary', refit=False)),
+    'merge, decompose, ternary': moejax.chain(
+        MERGE, WHOLE, moejax.quantize('ternary', refit=False)
+    ),
     'prune, 2-bit': moejax.chain(moejax.prune('reap', experts=4), moejax.quantize(2)),
     'prune, decompose, 4-bit': moejax.chain(
         moejax.prune('frequency', experts=4), DECOMPOSE, moejax.quantize(4)
