@@ -10,7 +10,6 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from moejax.compress import (
@@ -19,6 +18,7 @@ from moejax.compress import (
   fewer,
   grouping_core,
   merge_core,
+  on_inputs,
   parts,
   prune_core,
   similarity_core,
@@ -27,7 +27,6 @@ from moejax.compress import (
 )
 from moejax.config import ModelConfig
 from moejax.errors import UserError
-from moejax.ops import ffn
 
 # Basis of similarity -> the statistics it takes.
 SIMILARITIES: dict[str, tuple[str, ...]] = {
@@ -289,7 +288,9 @@ class Merge(fewer.Fewer):
           'members': members.tolist(), 'dominant': leader,
           'usage': float(np.sum(np.array(own['usage'])[members])),
           'bits_per_weight': fewer.bits_of(one),
-          **_change(experts, one, context, members),
+          **on_inputs.change(
+              experts, one, context.inputs(members), context.config.activation
+          ),
       })
     stacked = {name: np.stack(ws) for name, ws in made.items()}
     return fewer.group_of(ids, stacked, rows, leaves)
@@ -305,7 +306,9 @@ class Merge(fewer.Fewer):
     if self.operator.startswith('zipit'):
       alike = None
       if self.operator == 'zipit':
-        alike = _unit_correlation(experts, context, members)
+        alike = on_inputs.unit_correlation(
+            experts, list(context.inputs(members)), context.config.activation
+        )
       return merge_core.zip_units(experts, usage, alike)
     aligned = self._aligned(path, source, context, members, leader, experts)
     labels = np.zeros(len(members), np.int32)
@@ -324,7 +327,9 @@ class Merge(fewer.Fewer):
       )
     one = {name: w[0] for name, w in merged.items()}
     if self.operator == 'least_squares':
-      one['wo'] = self._solved(one, experts, context, members)
+      one['wo'] = on_inputs.solve_wo(
+          one, experts, list(context.inputs(members)), context.config.activation, self.ridge
+      )
     return one
 
   def _aligned(self, path, source, context, members, leader, experts) -> Mapping[str, Any]:
@@ -341,39 +346,12 @@ class Merge(fewer.Fewer):
     if self.alignment == 'weights':
       out, _ = align_core.in_one_order(everyone, place, self.include_wo)
     else:
-      out = self._by_activations(everyone, place, context, ids)
+      out = on_inputs.in_one_order(
+          everyone, place, list(context.inputs(ids)), context.config.activation,
+          with_weights=self.alignment == 'both', include_wo=self.include_wo,
+          few_stay=bool(self.compat),
+      )
     return {name: w[1:] for name, w in out.items()} if first else out
-
-  def _by_activations(self, experts, place, context, ids) -> dict[str, np.ndarray]:
-    x = np.concatenate(list(context.inputs(ids)))
-    if len(x) <= 1:
-      if self.compat:
-        return experts
-      return align_core.in_one_order(experts, place, self.include_wo)[0]
-    activation = context.config.activation
-    one = lambda e: {name: w[e] for name, w in experts.items()}
-    units = align_core.hidden_units(one(place), x, activation)
-    out = {name: np.array(w) for name, w in experts.items()}
-    for e in range(len(ids)):
-      if e == place:
-        continue
-      score = align_core.correlation(units, align_core.hidden_units(one(e), x, activation))
-      if self.alignment == 'both':
-        score = score + align_core.cosine(one(place), one(e), self.include_wo)
-      for name, w in align_core.permute(one(e), align_core.match(score)).items():
-        out[name][e] = w
-    return out
-
-  def _solved(self, one, experts, context, members) -> Any:
-    activation = context.config.activation
-    inputs = list(context.inputs(members))
-    if not sum(map(len, inputs)):
-      return one['wo']
-    hidden = np.concatenate([align_core.hidden_units(one, x, activation) for x in inputs])
-    wanted = np.concatenate([
-        _output(experts, place, x, activation) for place, x in enumerate(inputs)
-    ])
-    return merge_core.solve_wo(hidden, wanted, one['wo'], self.ridge)
 
   def predict_layer(
       self, config: ModelConfig, path: str, leaves: Mapping[str, Any], zero_share: Any
@@ -411,48 +389,6 @@ def gram_in_blocks(vectors: Any, experts: int, block: int) -> np.ndarray:
 def _tokens(sums: Mapping[str, np.ndarray]) -> float:
   """Tokens of the layer: every one has probabilities that add up to 1."""
   return float(sums['probability'].sum())
-
-
-def _output(experts: Mapping[str, Any], e: int, x_md: np.ndarray, activation: str) -> np.ndarray:
-  rows = 1 << max(len(x_md) - 1, 15).bit_length()
-  padded = jnp.asarray(np.pad(x_md, ((0, rows - len(x_md)), (0, 0))))
-  return np.asarray(_dense({n: jnp.asarray(w[e]) for n, w in experts.items()}, padded, activation))[
-      : len(x_md)
-  ]
-
-
-@functools.partial(jax.jit, static_argnames=('activation',))
-def _dense(expert, x_md, activation):
-  return ffn.dense_ffn(expert, x_md, activation)
-
-
-def _change(experts, one, context, members) -> dict[str, Any]:
-  """How far the merged expert is from each token's own, and over how many tokens."""
-  activation, off, size, tokens = context.config.activation, 0.0, 0.0, 0
-  for place, x in enumerate(context.inputs(members)):
-    tokens += len(x)
-    if not len(x):
-      continue
-    own = _output(experts, place, x, activation)
-    off += float(np.square(_output({n: w[None] for n, w in one.items()}, 0, x, activation)
-                           - own).sum(dtype=np.float64))
-    size += float(np.square(own).sum(dtype=np.float64))
-  return {
-      'tokens': tokens, 'relative_output_error': (off / size) ** 0.5 if size else None
-  }
-
-
-def _unit_correlation(experts, context, members) -> np.ndarray | None:
-  """Correlations of all hidden units of a group over its tokens, or None for too few tokens."""
-  x = np.concatenate(list(context.inputs(members)))
-  if len(x) <= 1:
-    return None
-  activation = context.config.activation
-  units = np.concatenate([
-      align_core.hidden_units({n: w[e] for n, w in experts.items()}, x, activation)
-      for e in range(len(members))
-  ], 1)
-  return align_core.correlation(units, units)
 
 
 def _check(config: ModelConfig, step: Merge) -> None:

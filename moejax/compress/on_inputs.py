@@ -1,0 +1,99 @@
+"""What a merge looks up on the inputs of a group's experts: orders, a new wo, what it changed.
+
+Experts are a mapping of weights [e, ...]; inputs are [m_e, d], of each expert its own tokens.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from moejax.compress import align_core, merge_core
+from moejax.ops import ffn
+
+Experts = Mapping[str, Any]
+
+
+def in_one_order(
+    experts: Experts, reference: int, inputs: Sequence[np.ndarray], activation: str, *,
+    with_weights: bool = False, include_wo: bool = True, few_stay: bool = False,
+) -> Experts:
+  """Hidden units in the order of a reference expert, by correlation over all the inputs.
+
+  Args:
+    with_weights: adds the cosines of the units' weights (`align_core.cosine`).
+    few_stay: with one token at most nothing is reordered, as published; else weights decide.
+  """
+  x = np.concatenate(inputs)
+  if len(x) <= 1:
+    return experts if few_stay else align_core.in_one_order(experts, reference, include_wo)[0]
+  units = align_core.hidden_units(_one(experts, reference), x, activation)
+  out = {name: np.array(w) for name, w in experts.items()}
+  for e in range(len(out['wo'])):
+    if e == reference:
+      continue
+    own = _one(experts, e)
+    score = align_core.correlation(units, align_core.hidden_units(own, x, activation))
+    if with_weights:
+      score = score + align_core.cosine(_one(experts, reference), own, include_wo)
+    for name, w in align_core.permute(own, align_core.match(score)).items():
+      out[name][e] = w
+  return out
+
+
+def unit_correlation(
+    experts: Experts, inputs: Sequence[np.ndarray], activation: str
+) -> np.ndarray | None:
+  """Of all hidden units of all experts over all the inputs, or None for too few of them."""
+  x = np.concatenate(inputs)
+  if len(x) <= 1:
+    return None
+  units = np.concatenate([
+      align_core.hidden_units(_one(experts, e), x, activation) for e in range(len(inputs))
+  ], 1)
+  return align_core.correlation(units, units)
+
+
+def solve_wo(
+    merged: Experts, experts: Experts, inputs: Sequence[np.ndarray], activation: str, ridge: float
+) -> Any:
+  """`merge_core.solve_wo` for a merged expert [d, f]; its own wo where there are no inputs."""
+  if not sum(map(len, inputs)):
+    return merged['wo']
+  hidden = np.concatenate([align_core.hidden_units(merged, x, activation) for x in inputs])
+  wanted = np.concatenate([_output(_one(experts, e), x, activation) for e, x in enumerate(inputs)])
+  return merge_core.solve_wo(hidden, wanted, merged['wo'], ridge)
+
+
+def change(
+    experts: Experts, merged: Experts, inputs: Iterable[np.ndarray], activation: str
+) -> dict[str, Any]:
+  """How far the merged expert is from each token's own, and over how many tokens."""
+  off, size, tokens = 0.0, 0.0, 0
+  for e, x in enumerate(inputs):
+    if not len(x):
+      continue
+    tokens += len(x)
+    own = _output(_one(experts, e), x, activation)
+    off += float(np.square(_output(merged, x, activation) - own).sum(dtype=np.float64))
+    size += float(np.square(own).sum(dtype=np.float64))
+  return {'tokens': tokens, 'relative_output_error': (off / size) ** 0.5 if size else None}
+
+
+def _one(experts: Experts, e: int) -> dict[str, Any]:
+  return {name: w[e] for name, w in experts.items()}
+
+
+def _output(expert: Experts, x_md: np.ndarray, activation: str) -> np.ndarray:
+  rows = 1 << max(len(x_md) - 1, 15).bit_length()
+  padded = jnp.asarray(np.pad(x_md, ((0, rows - len(x_md)), (0, 0))))
+  own = {name: jnp.asarray(w) for name, w in expert.items()}
+  return np.asarray(_dense(own, padded, activation))[: len(x_md)]
+
+
+@functools.partial(jax.jit, static_argnames=('activation',))
+def _dense(expert, x_md, activation):
+  return ffn.dense_ffn(expert, x_md, activation)
