@@ -186,6 +186,7 @@ def test_to_hugging_face_and_back(family, tmp_path):
       moejax.to_hf(skipping, tmp_path / 'uneven')
 
 
+@pytest.mark.torch
 @pytest.mark.parametrize('family', ('switch', 'mixtral'))
 def test_transformers_runs_what_is_left(family, tmp_path):
   torch = pytest.importorskip('torch')
