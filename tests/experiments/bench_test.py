@@ -50,9 +50,10 @@ def test_json_says_where_and_how(quick):
 def test_every_part_has_its_rows(quick):
   _, result, _ = quick
   rows = result['comparisons']
-  assert {r['part'] for r in rows} == {'forward', 'gptq', 'experts', 'codec'}
+  parts = {'forward', 'gptq', 'experts', 'codec'}
+  assert {r['part'] for r in rows} == parts
   metrics = {(r['part'], r['metric']) for r in rows}
-  assert metrics >= {target for target in tables.TARGETS if target[0] != 'decoder'}
+  assert metrics >= {target for target in tables.TARGETS if target[0] in parts}
   experts = [r for r in rows if r['part'] == 'experts']
   assert len(experts) == 2 * 2 * len(experts_jax.SMALL)
   assert sum(r['part'] == 'codec' for r in rows) == 4 + 2 * 3
@@ -73,6 +74,20 @@ def test_torch_peers_are_measured_and_did_the_same(quick):
   forward = [m for m in result['measurements'] if m['part'] == 'forward']
   assert {m['work']['tokens_through_experts'] for m in forward} == {2 * 2 * 16}
   assert next(m for m in forward if not m['ours'])['threads'] == len(result['settings']['cpus'])
+
+
+@pytest.mark.torch
+def test_the_suite_of_merging(tmp_path):
+  out = tmp_path / 'merge.json'
+  done = bench('--suite', 'merge', '--quick', '--rounds', '1', '--out', str(out))
+  assert done.returncode == 0, done.stderr
+  rows = json.loads(out.read_text())['comparisons']
+  assert {r['part'] for r in rows} == {'merge', 'fewer'}
+  compared = [r for r in rows if r['peer'] is not None]
+  assert {r['metric'] for r in compared} >= {
+      'usage and router similarity', 'statistics for REAP', 'forward pass'
+  }
+  assert not [r for r in compared if r['verdict'] == 'not the same work']
 
 
 def test_tables_of_terminal_and_page_are_those_of_the_json(quick):
