@@ -88,8 +88,24 @@ def compress(
   report: dict[str, Any] = {
       'source': origin, 'steps': [], 'layers': [], 'before': account.of_source(source)
   }
-  plans: list[Any] = []
   work_root = None if out is None else _work_folder(out, source, steps, data, statistics)
+  try:
+    return _run(
+        source, steps, data, out, work_root, origin, statistics, report, progress
+    )
+  except UserError:
+    _forget_unbegun(work_root)
+    raise
+
+
+def _forget_unbegun(work: Path | None) -> None:
+  """Removes a folder of work in which no step has begun."""
+  if work is not None and not list(work.glob('step_*')):
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def _run(source, steps, data, out, work_root, origin, statistics, report, progress) -> Result:
+  plans: list[Any] = []
   report['before']['loss'] = _loss_before(source, data, work_root, progress)
   for i, step in enumerate(steps[:-1]):
     work = None if work_root is None else work_root / f'step_{i}'
