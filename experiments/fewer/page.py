@@ -7,8 +7,10 @@ import pathlib
 import statistics
 from typing import Any
 
-from moejax import files, merge, prune
+from moejax import files
 from moejax.compress import hc_smoe, ream
+from moejax.compress.merge import merge
+from moejax.compress.prune import prune
 
 MARKER = '<!-- written by hand below -->'
 # Name -> a step from the number of experts and a seed. What is random comes first in the table.
