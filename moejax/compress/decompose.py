@@ -17,6 +17,7 @@ import numpy as np
 from moejax import account, weights
 from moejax.compress import base, fewer, lowrank_core, parts, stats
 from moejax.config import ModelConfig
+from moejax.config.moe import require_known
 from moejax.errors import UserError
 
 SENSITIVITIES = ('gradients', 'magnitude')
@@ -42,14 +43,11 @@ class Decompose(base.Transform):
       raise UserError('decompose: give one of rank, ratio and energy, above 0')
     if not 0 <= self.keep <= 1:
       raise UserError(f'keep = {self.keep}: the share of the rest that stays, in [0, 1]')
-    fewer.require_one_of('sensitivity', self.sensitivity, SENSITIVITIES)
-    fewer.require_one_of('dtype', self.dtype, ('weights', 'bfloat16', 'float32'))
+    require_known(self.sensitivity, 'sensitivity', SENSITIVITIES)
+    require_known(self.dtype, 'dtype', ('weights', 'bfloat16', 'float32'))
     if self.expert_group < 1:
       raise UserError(f'expert_group = {self.expert_group}: at least 1')
-    try:
-      re.compile(self.layers)
-    except re.error as error:
-      raise UserError(f'layers = {self.layers!r} is no regular expression: {error}') from error
+    base.require_pattern(self.layers)
 
   def takes(self, path: str) -> bool:
     return re.fullmatch(self.layers, path) is not None
@@ -73,7 +71,7 @@ class Decompose(base.Transform):
     for path, experts in fewer.experts_held(config).items():
       if not self.takes(path):
         continue
-      sums = {} if statistics is None else statistics.of(path, source)
+      sums = {} if statistics is None else statistics.of(path)
       for name in self._names(source, path):
         rank = ranks[path, name] = self._rank(source, path, name, experts)
         scores[path, name] = np.stack([

@@ -226,7 +226,7 @@ def _run_pass(source, step, data, work, target, origin, plans, progress, statist
       source, data, step=step, plan=plan, work=work, targets=targets, progress=progress
   )
   walked.run()
-  leaves = _leaves(source, walked, targets)
+  leaves = _leaves(source, walked)
   report = {'rows': walked.rows, 'loss': walked.loss}
   states = {stack: acts.buffer for stack, acts in walked.stacks.items()}
   if target is None:
@@ -240,7 +240,7 @@ def _run_pass(source, step, data, work, target, origin, plans, progress, statist
     provenance |= {name: earlier[name] for name in ('trained',) if name in earlier}
   store.save_folder(
       target, config, leaves, provenance=provenance, plan=plans, tokenizer_from=folder,
-      expected_paths=_expected_names(source, walked, targets),
+      expected_paths=_expected_names(source, walked),
   )
   return Result(model=None, folder=target, report=report, states=states)
 
@@ -260,7 +260,7 @@ def _plan(source, step, data, work, progress, statistics) -> dict[str, Any]:
     if walked and 'gradients' in kinds:
       statistics = stats.both(statistics, gradients.of_samples(source, data))
   elif kinds and statistics is not None:
-    statistics.require(kinds, step.name)
+    statistics.check(source, kinds, step.name)
   # Through JSON, so that both go on alike.
   plan = json.loads(json.dumps(dict(step.plan(source.config, source, statistics))))
   if file is not None:
@@ -269,29 +269,24 @@ def _plan(source, step, data, work, progress, statistics) -> dict[str, Any]:
   return plan
 
 
-def _expected_names(source, walked, targets) -> list[str]:
+def _expected_names(source, walked) -> list[str]:
   """Names in the file to come, at least as many: what a node will hold is not known yet."""
   names = []
   for path in source.paths():
-    new = path.partition('/experts/')[0] in targets
+    new = '/experts/' in path and path.partition('/experts/')[0] in walked.changed
     names += [f'{path}/{field:16}' for field in range(_MOST_FIELDS)] if new else [path]
-  for layer in targets:
-    names += [f'{layer}/{name}' for group in walked.groups(layer) for name in group.leaves]
-  return list(dict.fromkeys(names))
+  return [*names, *(path for path in walked.leaves if path not in names)]
 
 
-def _leaves(source, walked, targets):
+def _leaves(source, walked):
   """(path, leaf) of the compressed model; one weight's experts are joined at a time."""
-  beside = {
-      f'{layer}/{name}': leaf for layer in targets for group in walked.groups(layer)
-      for name, leaf in group.leaves.items()
-  }
   for path in source.paths():
     layer, found, name = path.partition('/experts/')
-    if found and layer in targets and any(group.parts for group in walked.groups(layer)):
+    if found and layer in walked.changed:
       yield path, parts.join(
           part for group in walked.groups(layer) for part in group.parts.get(name, ())
       )
     else:
-      yield path, beside.pop(path) if path in beside else source.read(path)
-  yield from beside.items()
+      yield path, walked.leaves[path] if path in walked.leaves else source.read(path)
+  there = set(source.paths())
+  yield from ((path, leaf) for path, leaf in walked.leaves.items() if path not in there)

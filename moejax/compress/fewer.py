@@ -12,7 +12,8 @@ import numpy as np
 from moejax import tree, weights
 from moejax.compress import base, parts
 from moejax.config import ModelConfig
-from moejax.errors import UserError, did_you_mean
+from moejax.config.moe import require_known
+from moejax.errors import UserError
 
 BUDGETS = ('uniform', 'global')
 # The leaves with an entry for each of a router's choices.
@@ -38,7 +39,7 @@ class Fewer(base.Transform):
   seed: int
 
   def __post_init__(self):
-    require_one_of('budget', self.budget, BUDGETS)
+    require_known(self.budget, 'budget', BUDGETS)
     if self.experts is None and self.ratio is None and not self.layer_experts:
       raise UserError(f'{self.name}: experts, ratio or layer_experts must say how many stay')
     if self.ratio is not None and not 0 <= self.ratio < 1:
@@ -50,10 +51,7 @@ class Fewer(base.Transform):
       )
     if self.expert_group < 1:
       raise UserError(f'{self.name}: expert_group = {self.expert_group}: at least 1')
-    try:
-      re.compile(self.layers)
-    except re.error as error:
-      raise UserError(f'layers = {self.layers!r} is no regular expression: {error}') from error
+    base.require_pattern(self.layers)
 
   def takes(self, path: str) -> bool:
     return re.fullmatch(self.layers, path) is not None
@@ -149,10 +147,21 @@ def how_many(
   return {'experts': experts, 'ratio': ratio, 'layer_experts': ()}
 
 
-def require_one_of(field: str, value: str, known: Sequence[str]) -> None:
-  """Raises UserError with the nearest name unless the value is known."""
-  if value not in known:
-    raise UserError(f'{field} = {value!r}: one of {tuple(known)}{did_you_mean(value, known)}')
+def check_router(config: ModelConfig, name: str, by_number: bool) -> None:
+  """Raises UserError for a router whose choices cannot be changed.
+
+  by_number: whether the router's choices stay as many, as router 'hash' needs them.
+  """
+  moe: Any = config.moe
+  if moe.merged:
+    raise UserError(
+        f'{name}: moe.merged = True: the experts are merged already; start from the model before'
+    )
+  if moe.router == 'hash' and not by_number:
+    raise UserError(
+        f"{name}: router 'hash' sends tokens to experts by number: none can go; only a merge with "
+        "router = 'remap' leaves it as it is"
+    )
 
 
 def experts_held(config: ModelConfig) -> dict[str, int]:

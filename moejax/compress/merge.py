@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any
+import zlib
 
 import jax
 import numpy as np
@@ -26,6 +27,7 @@ from moejax.compress import (
   stats_core,
 )
 from moejax.config import ModelConfig
+from moejax.config.moe import require_known
 from moejax.errors import UserError
 
 # Basis of similarity -> the statistics it takes.
@@ -70,14 +72,14 @@ class Merge(fewer.Fewer):
 
   def __post_init__(self):
     super().__post_init__()
-    fewer.require_one_of('similarity', self.similarity, tuple(SIMILARITIES))
-    fewer.require_one_of('grouping', self.grouping, tuple(GROUPINGS))
-    fewer.require_one_of('alignment', self.alignment, ALIGNMENTS)
-    fewer.require_one_of('reference', self.reference, ('dominant', 'first'))
-    fewer.require_one_of('operator', self.operator, tuple(OPERATORS))
-    fewer.require_one_of('router', self.router, ROUTERS)
-    fewer.require_one_of('dominant_alone', self.dominant_alone, ALONE)
-    fewer.require_one_of('compat', self.compat, ('', 'mcsmoe'))
+    require_known(self.similarity, 'similarity', tuple(SIMILARITIES))
+    require_known(self.grouping, 'grouping', tuple(GROUPINGS))
+    require_known(self.alignment, 'alignment', ALIGNMENTS)
+    require_known(self.reference, 'reference', ('dominant', 'first'))
+    require_known(self.operator, 'operator', tuple(OPERATORS))
+    require_known(self.router, 'router', ROUTERS)
+    require_known(self.dominant_alone, 'dominant_alone', ALONE)
+    require_known(self.compat, 'compat', ('', 'mcsmoe'))
     if self.dominant_alone and (self._on_inputs or self.router == 'slice'):
       raise UserError(
           f"dominant_alone = {self.dominant_alone!r} goes with neither similarity "
@@ -116,16 +118,16 @@ class Merge(fewer.Fewer):
   def plan(
       self, config: ModelConfig, source: base.LeafSource, statistics: stats.Statistics | None
   ) -> Mapping[str, Any]:
-    """{path: {'count', 'usage', 'weights', 'labels', 'dominant'}} of the layers to merge.
+    """{path: {'count', 'usage', 'saliency', 'labels', 'dominant'}} of the layers to merge.
 
     The labels of similarities that look at inputs come in the layer step instead.
     """
-    _check(config, self)
+    fewer.check_router(config, self.name, by_number=self.router == 'remap')
     assert statistics is not None
     held = self.chosen(config)
-    sums = {path: statistics.of(path, source) for path in held}
+    sums = {path: statistics.of(path) for path in held}
     usage = {path: stats_core.usage(s) for path, s in sums.items()}
-    counts = self._counts(config, source, held, usage, statistics)
+    counts = self._counts(config, held, usage)
     out: dict[str, Any] = {}
     for place, (path, count) in enumerate(counts.items()):
       own: dict[str, Any] = {'count': count, 'usage': usage[path].tolist()}
@@ -144,7 +146,7 @@ class Merge(fewer.Fewer):
       fewer.check_top_k(config, self.counts(out), self.name)
     return out
 
-  def _counts(self, config, source, held, usage, statistics) -> dict[str, int]:
+  def _counts(self, config, held, usage) -> dict[str, int]:
     if self.layer_experts or self.budget == 'uniform':
       return self.uniform_counts(held)
     everywhere = {
@@ -263,7 +265,7 @@ class Merge(fewer.Fewer):
     router = fewer.layer_leaves(source, path, fewer.ROUTER)
     if self.router == 'slice':
       return {name: leaf[..., dominant] for name, leaf in router.items()}
-    rng = np.random.default_rng(hash_seed(self.seed, sum(map(ord, path))))
+    rng = np.random.default_rng(hash_seed(self.seed, zlib.crc32(path.encode())))
     kernel = router['router/kernel']
     std = context.config.init_std(kernel.shape[0])
     fresh = rng.normal(0, std, (kernel.shape[0], int(labels.max()) + 1)).astype(kernel.dtype)
@@ -389,20 +391,6 @@ def gram_in_blocks(vectors: Any, experts: int, block: int) -> np.ndarray:
 def _tokens(sums: Mapping[str, np.ndarray]) -> float:
   """Tokens of the layer: every one has probabilities that add up to 1."""
   return float(sums['probability'].sum())
-
-
-def _check(config: ModelConfig, step: Merge) -> None:
-  moe: Any = config.moe
-  if moe.merged:
-    raise UserError(
-        f'{step.name}: moe.merged = True: the experts are merged already; start from the model '
-        "before, or merge it with router = 'slice' first"
-    )
-  if moe.router == 'hash' and step.router != 'remap':
-    raise UserError(
-        f"{step.name}: router 'hash' sends tokens to experts by number: only router = 'remap' "
-        'leaves them'
-    )
 
 
 def merge(

@@ -11,6 +11,7 @@ import numpy as np
 
 from moejax.compress import base, fewer, parts, prune_core, stats
 from moejax.config import ModelConfig
+from moejax.config.moe import require_known
 from moejax.errors import UserError
 from moejax.ops import ffn
 from moejax.routing import router
@@ -32,7 +33,7 @@ class Prune(fewer.Fewer):
 
   def __post_init__(self):
     super().__post_init__()
-    fewer.require_one_of('method', self.method, METHODS)
+    require_known(self.method, 'method', METHODS)
     if self.method == 'naee' and self.budget == 'global':
       raise UserError("method 'naee' searches layer by layer: budget = 'uniform' or layer_experts")
     if self.method == 'task_specific' and self.budget == 'global':
@@ -51,7 +52,7 @@ class Prune(fewer.Fewer):
       self, config: ModelConfig, source: base.LeafSource, statistics: stats.Statistics | None
   ) -> Mapping[str, Any]:
     """What each layer keeps: {path: {'count', 'kept', 'scores'}}; NAEE only says how many."""
-    _check(config, self.name)
+    fewer.check_router(config, self.name, by_number=False)
     held = self.chosen(config)
     if self.method == 'naee':
       counts = self.uniform_counts(held)
@@ -72,7 +73,7 @@ class Prune(fewer.Fewer):
     if self.method == 'aimer':
       one = lambda e: prune_core.aimer(fewer.read_experts(source, path, [e]))
       return np.concatenate([one(e) for e in range(experts)])
-    sums = statistics.of(path, source)
+    sums = statistics.of(path)
     if self.method == 'task_specific':
       return np.asarray(sums['tokens'], np.float64)
     return prune_core.score(self.method, sums)
@@ -146,17 +147,6 @@ class Prune(fewer.Fewer):
     return fewer.predicted_router(out, self.foreseen(config).get(path, {}).get('count'))
 
 
-def _check(config: ModelConfig, name: str) -> None:
-  moe: Any = config.moe
-  if moe.merged:
-    raise UserError(
-        f'{name}: moe.merged = True: the router chooses among experts that are merged already; '
-        "merge with router = 'slice' for a model that can be pruned"
-    )
-  if moe.router == 'hash':
-    raise UserError(f"{name}: router 'hash' sends tokens to experts by number: none can go")
-
-
 def _gates(moe: Any, logits_me: np.ndarray) -> np.ndarray:
   """The gates of the model's own router over any of its experts, 0 elsewhere, [m, e]."""
   experts = logits_me.shape[1]
@@ -188,7 +178,8 @@ def prune(
 ) -> Prune:
   """Drops the experts that a layer can do without, and their rows of the router.
 
-  Shared experts stay. A dropped expert never gets a token: the router chooses among those kept.
+  Shared experts stay. A dropped expert never gets a token: the router chooses among those kept. A
+  fixed moe.expert_capacity grows as the experts become fewer.
 
   Args:
     method: 'reap', mean of gate * |output| (arXiv 2510.13999); 'ean', 'man', 'msan', sum and means

@@ -30,10 +30,7 @@ class Quantize(base.Transform):
   layers: str
 
   def __post_init__(self):
-    try:
-      re.compile(self.layers)
-    except re.error as error:
-      raise UserError(f'layers = {self.layers!r} is no regular expression: {error}') from error
+    base.require_pattern(self.layers)
     if self.expert_group < 1 or self.token_cap_factor < 0:
       raise UserError(
           f'expert_group = {self.expert_group}: at least 1; token_cap_factor = '

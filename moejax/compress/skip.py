@@ -35,7 +35,7 @@ class SkipSecond(base.Transform):
       return dict.fromkeys(fewer.experts_held(config), self.share)
     assert statistics is not None
     return {
-        path: stats_core.median_ratio(statistics.of(path, source)['gate_ratio'])
+        path: stats_core.median_ratio(statistics.of(path)['gate_ratio'])
         for path in fewer.experts_held(config)
     }
 

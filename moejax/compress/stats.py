@@ -52,16 +52,12 @@ class Statistics:
   tokens: Mapping[str, int]
   model: str
 
-  def of(self, path: str, source: Any) -> stats_core.Sums:
-    """The sums of a layer, checked.
+  def of(self, path: str) -> stats_core.Sums:
+    """The sums of a layer.
 
     Raises:
-      UserError: they are of another model or layer, or not finite.
+      UserError: there is no such layer, or they are not finite.
     """
-    if self.model != identity(source):
-      raise UserError(
-          'the statistics are of another model: measure them on the one that is compressed'
-      )
     if path not in self.layers:
       raise UserError(f'the statistics have no layer {path!r}; they have {sorted(self.layers)}')
     for name, value in self.layers[path].items():
@@ -82,8 +78,12 @@ class Statistics:
         digest.update(np.ascontiguousarray(value, np.float64).tobytes())
     return digest.hexdigest()
 
-  def require(self, kinds: Iterable[str], step: str) -> None:
-    """Raises UserError unless all `kinds` were measured."""
+  def check(self, source: Any, kinds: Iterable[str], step: str) -> None:
+    """Raises UserError unless they are of this model and have all `kinds` that a step wants."""
+    if self.model != identity(source):
+      raise UserError(
+          'the statistics are of another model: measure them on the one that is compressed'
+      )
     if missing := sorted(set(kinds) - set(self.kinds)):
       raise UserError(f'{step} needs statistics of kind {missing}; these have {list(self.kinds)}')
 
@@ -148,8 +148,8 @@ def read_gradients(
     UserError: no such file, or of another model.
   """
   held = Statistics.load(file, only=f'{path}:{name}/')
-  held.require(('gradients',), 'this step')
-  sums = held.of(path, source)
+  held.check(source, ('gradients',), 'this step')
+  sums = held.of(path)
   return {sum_name.rpartition('/')[2]: value for sum_name, value in sums.items()}
 
 

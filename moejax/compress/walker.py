@@ -93,7 +93,8 @@ class Context:
 class Walk:
   """One pass of the hidden states through the model; see the module.
 
-  rows: the report's. loss: of the validation samples. stacks: the hidden states by stack.
+  rows: the report's. leaves: what changed beside experts, by whole path. changed: the layers that
+  have new experts. loss: of the validation samples. stacks: the hidden states by stack.
   """
 
   def __init__(
@@ -108,6 +109,8 @@ class Walk:
     self.new_config = dropless(self.step.reconfigure(source.config, self.plan))
     self.observer = observer
     self.rows: list[dict[str, Any]] = []
+    self.leaves: dict[str, np.ndarray] = {}
+    self.changed: set[str] = set()
     self.loss: float | None = None
     self.stacks: dict[str, activations.Activations] = {}
     self._memory: dict[str, list[parts.Group]] = {}
@@ -150,25 +153,25 @@ class Walk:
     return acts
 
   def _experts(self, acts, stack, path, special) -> None:
-    changed = False
     if path in self.targets:
       context = Context(
           self.config, acts, self.step.calibration(), self.work, path,
           self.data.calibration_tokens(stack), special,
       )
       for group in self.step.layer(self.plan, path, self.source, context):
-        changed |= bool(group.parts)
         self._take(acts, path, group)
-    if not changed:
+    if path not in self.changed:
       self._run_uncompressed(acts, path)
 
   def _take(self, acts, path, group) -> None:
     """Goes on behind a group of new experts."""
     self.rows.extend(dict(row) for row in group.rows)
     if group.leaves:
+      self.leaves |= {f'{path}/{name}': leaf for name, leaf in group.leaves.items()}
       acts.reroute(self.new_config, group.leaves)
     dense = {name: parts.group_dense(group, name) for name in group.parts}
     if dense:
+      self.changed.add(path)
       for i, expert in enumerate(group.experts):
         acts.run_expert(expert, {name: w[i] for name, w in dense.items()})
     if self.work is None:

@@ -9,10 +9,12 @@ import sys
 import jax
 import pytest
 
+from experiments import flags
 import moejax
 from moejax import compress, weights
 from moejax.config import EncDecConfig, EncDecMoeConfig
 from moejax.data import tokenizer as tokenizer_lib
+from moejax.errors import UserError
 from moejax.model import Model
 
 ROOT = Path(__file__).parents[2]
@@ -75,16 +77,31 @@ def test_prune_and_merge_text(folder):
   assert Model.load(folder / 'merged').config.moe.layer_experts == (3, 3)
   assert (folder / 'statistics.npz').read_bytes() == measured
   assert not list(folder.glob('.statistics*'))
-  for config, change, message in (
-      ('merge.py:hc_smoe', 'experts=2', "needs statistics of kind ['all_outputs']"),
-      ('prune.py', 'experts=5', '5 experts for encoder/layers_1/ffn, which has 4'),
-      ('prune.py:reep', 'experts=2', "did you mean 'reap'"),
-      ('prune.py', 'expert=2', 'did you mean'),
-  ):
-    done = run('--config', f'configs/{config}', *common, '--out', folder / 'bad', '--set', change)
-    assert done.returncode == 2 and message in done.stderr, done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1
-    assert not (folder / 'bad').exists()
+  before = sorted(folder.iterdir())
+  done = run('--config', 'configs/merge.py:hc_smoe', *common, '--out', folder / 'bad')
+  assert done.returncode == 2, done.stderr
+  assert "needs statistics of kind ['all_outputs']" in done.stderr
+  assert len(done.stderr.strip().splitlines()) == 1
+  assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize('config, message', (
+    ('prune.py:reep', "did you mean 'reap'"), ('merge.py:hc', "has no variant 'hc'"),
+))
+def test_an_unknown_variant(config, message, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  with pytest.raises(UserError, match=message):
+    flags.load_config(f'configs/{config}', [])
+
+
+def test_fields_of_merging_and_pruning_can_be_set(monkeypatch):
+  monkeypatch.chdir(ROOT)
+  made = flags.load_config('configs/merge.py', ['experts=8', 'layers=decoder/.*'])
+  assert (made.experts, made.layers) == (8.0, 'decoder/.*')
+  made = flags.load_config('configs/prune.py:ean', ['layer_experts=[4,8]'])
+  assert made.layer_experts == (4, 8)
+  with pytest.raises(UserError, match='did you mean'):
+    flags.load_config('configs/prune.py', ['expert=2'])
 
 
 @pytest.mark.parametrize('model', ['switch-c-2048', None])

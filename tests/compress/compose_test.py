@@ -64,7 +64,7 @@ def test_chains(family, name, tmp_path):
   assert [step['transform'] for step in report['steps']] == [
       step.name for step in CHAINS[name].steps
   ]
-  assert report['loss'] == pytest.approx(small.loss(made, family, batches[0]), abs=5e-3)
+  assert report['loss'] == pytest.approx(small.loss(made, family, batches[0]), abs=1e-4)
   prompt = batches[0]['encoder_tokens' if family == 'switch' else 'tokens'][0].tolist()
   answer = generate(made, [prompt], max_new_tokens=3)
   assert len(answer.tokens[0]) <= 3
@@ -105,14 +105,12 @@ def test_the_share_is_kept_under_one_threshold(sensitivity):
   model = small.model('mixtral')
   step = moejax.decompose(3, keep=0.25, sensitivity=sensitivity)
   result = compress(model, step, small.batches('mixtral'))
-  kept = [(row['kept'], row['outputs']) for row in result.report['layers']]
-  inputs = {'wi': 16, 'gate': 16, 'wo': 24}
-  counted = sum(k * inputs[row['path'][-2:] if row['path'][-2:] in inputs else 'gate']
-                for (k, _), row in zip(kept, result.report['layers']))
-  total = sum(n * inputs[row['path'][-2:] if row['path'][-2:] in inputs else 'gate']
-              for (_, n), row in zip(kept, result.report['layers']))
-  assert 0 <= counted - 0.25 * total <= 24
-  assert len({k for k, _ in kept}) > 1  # Not the same number in each.
+  rows = result.report['layers']
+  inputs = [24 if row['path'].endswith('/wo') else 16 for row in rows]
+  kept = sum(row['kept'] * n for row, n in zip(rows, inputs))
+  total = sum(row['outputs'] * n for row, n in zip(rows, inputs))
+  assert 0 <= kept - 0.25 * total <= 24
+  assert len({row['kept'] for row in rows}) > 1  # Not the same number in each.
   node = tree.flatten(result.model.params)['decoder/layers_0/ffn/experts/wi']
   before = np.asarray(tree.flatten(model.params)['decoder/layers_0/ffn/experts/wi'])
   left, right, _ = lowrank_core.split(before, 3)
@@ -137,12 +135,8 @@ def test_ranks():
 
 
 def test_the_dry_run_of_a_chain():
-  """Shapes alone say what merging and decomposing will weigh, but for how many outputs are kept."""
-  step = moejax.chain(MERGE, moejax.decompose(4, keep=0.5))
+  """Shapes alone say what merging and decomposing will weigh."""
   model = small.model('mixtral')
-  told = dry_run(model, step)['after']
-  made = compress(model, step, small.batches('mixtral')).report['after']
-  assert told['expert_bytes'] == pytest.approx(made['expert_bytes'], rel=0.35)
   exact = moejax.chain(MERGE, moejax.decompose(4, keep=1.0))
   told = dry_run(model, exact)['after']
   made = compress(model, exact, small.batches('mixtral')).report['after']
