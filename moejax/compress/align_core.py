@@ -12,7 +12,6 @@ import os
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from scipy import optimize
 
@@ -22,24 +21,21 @@ from moejax.ops.linear import linear
 EPS = 1e-7
 
 
-@jax.jit
-def _product(a_fn: jax.Array, b_fn: jax.Array) -> jax.Array:
-  return jnp.einsum('an,bn->ab', a_fn, b_fn, precision='highest')
-
-
 def profit(
     reference: Mapping[str, Any], expert: Mapping[str, Any], include_wo: bool = True
-) -> jax.Array:
+) -> np.ndarray:
   """Inner products of the weights of every pair of units, float32 [f, f]; see `match`.
 
-  Sums over wi, over gate where there is one, and over wo unless it is left out.
+  Sums over wi, over gate where there is one, and over wo unless it is left out. On the host, where
+  the solver is.
   """
-  units = {name: jnp.swapaxes(jnp.asarray(reference[name], jnp.float32), 0, 1)
-           for name in ('wi', 'gate') if name in reference}
-  theirs = {name: jnp.swapaxes(jnp.asarray(expert[name], jnp.float32), 0, 1) for name in units}
+  rows = lambda e, name: np.asarray(e[name], np.float32)
+  out = rows(reference, 'wi').T @ rows(expert, 'wi')
+  if 'gate' in reference:
+    out += rows(reference, 'gate').T @ rows(expert, 'gate')
   if include_wo:
-    units['wo'], theirs['wo'] = (jnp.asarray(e['wo'], jnp.float32) for e in (reference, expert))
-  return sum(_product(units[name], theirs[name]) for name in units)
+    out += rows(reference, 'wo') @ rows(expert, 'wo').T
+  return out
 
 
 def cosine(
@@ -47,7 +43,7 @@ def cosine(
 ) -> np.ndarray:
   """`profit` as cosines of the units' weights, float32 [f, f]."""
   norms = [np.sqrt(np.diagonal(profit(e, e, include_wo))) for e in (reference, expert)]
-  return np.asarray(profit(reference, expert, include_wo)) / (np.outer(*norms) + np.float32(EPS))
+  return profit(reference, expert, include_wo) / (np.outer(*norms) + np.float32(EPS))
 
 
 def correlation(reference_mf: np.ndarray, expert_mf: np.ndarray) -> np.ndarray:
