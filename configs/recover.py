@@ -9,9 +9,14 @@ Others: --set distill.teacher=DIR, --set 'data.train_files=["FILE"]'. Variants, 
   router     only the routers, KL alone at temperature 1 (Router-KD, arXiv 2603.02217)
   published  as MC-SMoE (arXiv 2310.01334): weight 0.2, summed KL, routers frozen, no router losses
   task       all weights, no teacher
+  lora       routers, and a low rank of 8 beside every expert matrix (arXiv 2106.09685), folded in
+             at the end; cross-entropy and KL as in full
+  losparse   MC-SMoE's second half: as published, with experts as a low rank of 32 and a tenth of
+             the outputs of the rest (arXiv 2306.11222); the model that is left is that small
 
 Sharded and resumable as all training is. Steps, rate and batch are those of a small model: set
---set train.steps=... --set optim.learning_rate=... for others.
+--set train.steps=... --set optim.learning_rate=... for others; of the rank and what is kept,
+--set low_rank.rank=... --set low_rank.kept=...
 """
 
 import dataclasses
@@ -21,8 +26,9 @@ from typing import Any
 from moejax import config, evaluate, files, store
 from moejax.errors import UserError, did_you_mean
 
-VARIANTS = ('full', 'router', 'published', 'task')
+VARIANTS = ('full', 'router', 'published', 'task', 'lora', 'losparse')
 ROUTERS = r'.*/router/.*'
+EXPERTS = r'.*/experts/(wi|gate|wo)'
 
 
 def get_config(variant: str = '') -> config.Experiment:
@@ -36,6 +42,7 @@ def get_config(variant: str = '') -> config.Experiment:
   if source.config.moe is None:
     raise UserError(f'{folder} has no experts')
   moe: Any = source.config.moe
+  low_rank = config.LowRankConfig()
   optim = config.OptimConfig(
       learning_rate=1e-3, warmup_steps=16, schedule='linear', weight_decay=0.01
   )
@@ -43,20 +50,28 @@ def get_config(variant: str = '') -> config.Experiment:
   if kind == 'router':
     optim = dataclasses.replace(optim, learning_rate_rules=((ROUTERS, 1.0), ('.*', 0.0)))
     distill = dataclasses.replace(distill, task_weight=0.0, temperature=1.0)
-  elif kind == 'published':
+  elif kind in ('published', 'losparse'):
     optim = dataclasses.replace(
         optim, learning_rate=1e-4, eps=1e-6, end_fraction=0.0,
         learning_rate_rules=((ROUTERS, 0.0), ('.*', 1.0)),
         weight_decay_rules=((r'.*relative_bias', 0.0), ('.*', 1.0)), clip_norm=0.0,
     )
     distill = dataclasses.replace(distill, weight=0.2, reduction='published')
+  elif kind == 'lora':
+    rules = ((ROUTERS, 1.0), (r'.*/(left|right)', 1.0), ('.*', 0.0))
+    optim = dataclasses.replace(optim, learning_rate_rules=rules)
+    low_rank = config.LowRankConfig(matrices=EXPERTS, rank=8, start='zeros', alpha=16.0)
   elif kind == 'task':
     distill = config.DistillConfig()
+  if kind == 'losparse':
+    low_rank = config.LowRankConfig(
+        matrices=EXPERTS, kept=0.1, warmup_steps=8, settle_steps=32
+    )
   if kind != 'task':
     moe = dataclasses.replace(moe, router_aux_loss_coef=0.0, router_z_loss_coef=0.0)
   return config.Experiment(
       model=dataclasses.replace(source.config, moe=moe), data=evaluate.data_config(folder),
-      optim=optim, distill=distill, init_from=folder,
+      optim=optim, distill=distill, low_rank=low_rank, init_from=folder,
       train=config.TrainConfig(
           steps=200, batch_size=32, eval_every=100, checkpoint_every=100, log_every=10,
       ),
@@ -64,6 +79,8 @@ def get_config(variant: str = '') -> config.Experiment:
 
 
 def _teacher(source: store.Source) -> str:
-  """The folder that the model was made from, if it is still there."""
-  made_from = str((source.manifest.get('provenance') or {}).get('source', ''))
+  """The folder that the model was made from, or the teacher it had, if it is still there."""
+  provenance = source.manifest.get('provenance') or {}
+  trained = provenance.get('trained', {}).get('experiment', {})
+  made_from = str(provenance.get('source', '') or trained.get('distill', {}).get('teacher', ''))
   return made_from if made_from and (pathlib.Path(made_from) / store.MANIFEST).is_file() else ''

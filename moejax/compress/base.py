@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
-import re
 from typing import Any, Protocol
 
 import numpy as np
@@ -131,14 +130,6 @@ class Transform:
     no parts.
     """
     raise NotImplementedError
-
-
-def require_pattern(layers: str) -> None:
-  """Raises UserError unless a setting `layers` is a regular expression."""
-  try:
-    re.compile(layers)
-  except re.error as error:
-    raise UserError(f'layers = {layers!r} is no regular expression: {error}') from error
 
 
 def target_layers(step: Transform, source: account.Source) -> list[str]:

@@ -15,10 +15,11 @@ import jax
 import numpy as np
 
 from moejax import account, weights
-from moejax.compress import base, fewer, lowrank_core, parts, stats
+from moejax.compress import base, fewer, parts, stats
 from moejax.config import ModelConfig
-from moejax.config.moe import require_known
+from moejax.config.moe import require_known, require_pattern
 from moejax.errors import UserError
+from moejax.weights import lowrank_core
 
 SENSITIVITIES = ('gradients', 'magnitude')
 _MATRICES = ('gate', 'wi', 'wo')
@@ -47,7 +48,7 @@ class Decompose(base.Transform):
     require_known(self.dtype, 'dtype', ('weights', 'bfloat16', 'float32'))
     if self.expert_group < 1:
       raise UserError(f'expert_group = {self.expert_group}: at least 1')
-    base.require_pattern(self.layers)
+    require_pattern(self.layers)
 
   def takes(self, path: str) -> bool:
     return re.fullmatch(self.layers, path) is not None
@@ -189,9 +190,8 @@ def decompose(
       rank any expert needs.
     keep: the share of the rest's weights that stays, under one threshold over the whole model, so
       that matrices keep different numbers of outputs; 0 for a low rank alone.
-    zero_shot: nothing is trained. For the trained form see `train.sparsify`: split a matrix
-      (`compress.lowrank_core.split`), train with it, then keep its outputs
-      (`LowRankSparse.from_dense`).
+    zero_shot: nothing is trained. For the trained form see `train.low_rank` and
+      configs/recover.py:losparse.
     sensitivity: 'gradients', |rest * root mean square gradient| on the calibration, for which the
       model is in memory whole; 'magnitude', |rest|.
     layers: a regex of FFN paths; others stay as they are.
@@ -203,7 +203,8 @@ def decompose(
   """
   if not zero_shot:
     raise UserError(
-        'decompose: zero_shot = False needs training, which no chain does; see train.sparsify'
+        'decompose: zero_shot = False needs training, which no chain does: train with '
+        'configs/recover.py:losparse@FOLDER'
     )
   if rank is None and ratio is None and energy is None:
     rank = 32

@@ -12,7 +12,7 @@ import numpy as np
 from moejax import tree, weights
 from moejax.compress import base, parts
 from moejax.config import ModelConfig
-from moejax.config.moe import require_known
+from moejax.config.moe import require_known, require_pattern
 from moejax.errors import UserError
 
 BUDGETS = ('uniform', 'global')
@@ -51,7 +51,7 @@ class Fewer(base.Transform):
       )
     if self.expert_group < 1:
       raise UserError(f'{self.name}: expert_group = {self.expert_group}: at least 1')
-    base.require_pattern(self.layers)
+    require_pattern(self.layers)
 
   def takes(self, path: str) -> bool:
     return re.fullmatch(self.layers, path) is not None

@@ -12,6 +12,7 @@ import numpy as np
 
 from moejax import account, tree, weights
 from moejax.compress import base, budget, hessian_core, matrix, parts
+from moejax.config.moe import require_pattern
 from moejax.errors import UserError
 from moejax.ops import ffn
 
@@ -30,7 +31,7 @@ class Quantize(base.Transform):
   layers: str
 
   def __post_init__(self):
-    base.require_pattern(self.layers)
+    require_pattern(self.layers)
     if self.expert_group < 1 or self.token_cap_factor < 0:
       raise UserError(
           f'expert_group = {self.expert_group}: at least 1; token_cap_factor = '

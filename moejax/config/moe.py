@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import dataclasses
+import re
 from typing import Any, ClassVar, Self
 
 from moejax.errors import UserError, did_you_mean
@@ -25,6 +26,14 @@ def require(condition: bool, field: str, value: Any, rule: str) -> None:
 def require_known(value: str, field: str, known: tuple[str, ...]) -> None:
   """Raises UserError with the nearest name unless the value is among the known ones."""
   require(value in known, field, value, f'one of {known}{did_you_mean(value, known)}')
+
+
+def require_pattern(pattern: str, field: str = 'layers') -> None:
+  """Raises UserError unless a setting is a regular expression."""
+  try:
+    re.compile(pattern)
+  except re.error as error:
+    raise UserError(f'{field} = {pattern!r} is no regular expression: {error}') from error
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from moejax.config.decoder import DecoderConfig
 from moejax.config.encdec import EncDecConfig
-from moejax.config.moe import require
+from moejax.config.moe import require, require_known, require_pattern
 from moejax.settings import Checked, from_json
 
 ModelConfig = EncDecConfig | DecoderConfig
@@ -174,10 +174,41 @@ class DistillConfig(Checked):
   def __post_init__(self):
     super().__post_init__()
     require(self.temperature > 0, 'distill.temperature', self.temperature, 'above 0')
-    require(
-        self.reduction in ('token', 'published'), 'distill.reduction', self.reduction,
-        "'token' or 'published'",
-    )
+    require_known(self.reduction, 'distill.reduction', ('token', 'published'))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LowRankConfig(Checked):
+  """Matrices that are trained as left right + rest (`train.low_rank`).
+
+  matrices: a regex of their paths; empty for none. rank: of left right. start: 'svd', the largest
+  singular values (LoSparse, arXiv 2306.11222), or 'zeros', nothing, on top of the matrix (LoRA,
+  2106.09685), which then counts alpha / rank (alpha of 0: 1) and whose rest
+  `optim.learning_rate_rules` may keep fixed. kept: the share of the rest's weights that is left at
+  the end; under 1 it is pruned as `train.sparsify.Pruning` says, with T_i = warmup_steps and
+  T_f = settle_steps, and the model that is saved holds kept outputs only.
+  """
+
+  section: ClassVar[str] = 'low_rank.'
+  least: ClassVar[Mapping[str, float]] = {
+      'rank': 1, 'alpha': 0, 'warmup_steps': 0, 'settle_steps': 0, 'every': 1,
+  }
+  matrices: str = ''
+  rank: int = 32
+  start: str = 'svd'
+  alpha: float = 0.0
+  kept: float = 1.0
+  warmup_steps: int = 50
+  settle_steps: int = 200
+  every: int = 1
+  uncertainty: float = 1.0
+
+  def __post_init__(self):
+    super().__post_init__()
+    require_pattern(self.matrices, 'low_rank.matrices')
+    require(0 < self.kept <= 1, 'low_rank.kept', self.kept, 'a share above 0, at most 1')
+    require(0 < self.uncertainty <= 1, 'low_rank.uncertainty', self.uncertainty, 'in (0, 1]')
+    require_known(self.start, 'low_rank.start', ('svd', 'zeros'))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -190,4 +221,5 @@ class Experiment(Checked):
   mesh: MeshConfig = MeshConfig()
   train: TrainConfig = TrainConfig()
   distill: DistillConfig = DistillConfig()
+  low_rank: LowRankConfig = LowRankConfig()
   init_from: str = ''

@@ -21,7 +21,7 @@ from moejax import errors, files
 from moejax.train import state as state_lib
 
 # What shapes the params or the optimizer's state.
-_FIXED = ('model', 'optim.optimizer', 'data.num_sentinels', 'train.scan_layers')
+_FIXED = ('model', 'optim.optimizer', 'data.num_sentinels', 'train.scan_layers', 'low_rank')
 _UNFINISHED = '.orbax-checkpoint-tmp'  # how the name of an unfinished checkpoint ends
 
 

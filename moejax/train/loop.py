@@ -19,7 +19,7 @@ from moejax import config as config_lib
 from moejax import errors, files, model, sharding, tree
 from moejax.data import batches as batches_lib
 from moejax.nn import aligned
-from moejax.train import checkpoint, inputs, optim, spikes, throughput, writers
+from moejax.train import checkpoint, inputs, low_rank, optim, spikes, throughput, writers
 from moejax.train import state as state_lib
 from moejax.train import step as step_lib
 
@@ -147,6 +147,10 @@ def check(experiment: config_lib.Experiment) -> None:
   for name, allowed in known.items():
     if getattr(train, name) not in allowed:
       raise errors.UserError(f'train.{name} = {getattr(train, name)!r}: one of {allowed}')
+  if not experiment.distill.teacher and not experiment.distill.task_weight:
+    raise errors.UserError(
+        'distill.task_weight = 0 and no distill.teacher: there is nothing to learn; name a teacher'
+    )
   for folder in (experiment.init_from, experiment.distill.teacher):
     if folder:
       files.require_folder(folder)
@@ -194,9 +198,7 @@ def run(
   check(experiment)
   mesh = sharding.make_mesh(experiment.mesh)
   step_lib.check_fits(experiment, mesh)
-  optimizer = optim.make_optimizer(
-      experiment.optim, train.steps, state_lib.abstract_params(experiment)
-  )
+  optimizer = low_rank.make_optimizer(experiment, state_lib.abstract_params(experiment))
   workdir = prepare_workdir(workdir)
   data = inputs.load(experiment, workdir, resuming=checkpoint.any_in(workdir / 'checkpoints'))
   say(f'data: {data.train.num_tokens:,} tokens in {data.train.num_documents:,} '
@@ -274,7 +276,7 @@ def save_model(
     params = multihost_utils.process_allgather(params, tiled=True)
   if jax.process_index() != 0:
     return
-  model.Model(experiment.model, tree.cast_floats(params, dtype)).save(
+  model.Model(experiment.model, low_rank.finished(params, experiment.low_rank, dtype)).save(
       workdir / 'model',
       provenance={
           'trained': {'step': int(state.step), 'experiment': config_lib.to_json(experiment)}

@@ -1,6 +1,6 @@
 """The optimizer as one optax chain, built from a config; every parameter is covered by a rule."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import math
 from typing import Any
 
@@ -68,6 +68,26 @@ def by_rules(rules, params: Any, field: str) -> Any:
   return tree.map_paths(value, params)
 
 
+def split_trained(
+    config: config_lib.OptimConfig, params: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Leaves that are trained, and those that are not: no floats, or at a learning rate of 0.
+
+  What is not trained has no gradient and no place in the optimizer's state.
+  """
+  floats, fixed = tree.split_floats(params)
+  if not any(factor == 0 for _, factor in config.learning_rate_rules):
+    return floats, fixed
+  rates = tree.flatten(by_rules(config.learning_rate_rules, floats, 'optim.learning_rate_rules'))
+  trained: dict[str, Any] = {}
+  still = tree.flatten(fixed)
+  for path, leaf in tree.flatten(floats).items():
+    (trained if rates[path] else still)[path] = leaf
+  if not trained:
+    raise errors.UserError('optim.learning_rate_rules keep every parameter as it is')
+  return tree.unflatten(trained), tree.unflatten(still)
+
+
 def decay_and_scale(
     decay: float, decay_factors: Any, rate_factors: Any
 ) -> optax.GradientTransformation:
@@ -95,7 +115,7 @@ def make_optimizer(
   Raises:
     UserError: unknown optimizer or schedule, or a parameter that no rule covers.
   """
-  params, _ = tree.split_floats(params)
+  params, _ = split_trained(config, params)
   decay_factors = by_rules(config.weight_decay_rules, params, 'optim.weight_decay_rules')
   rate_factors = by_rules(config.learning_rate_rules, params, 'optim.learning_rate_rules')
   relative = config.scale_by_param_rms or config.optimizer == 'adafactor'

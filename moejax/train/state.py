@@ -11,7 +11,7 @@ import optax
 from moejax import config as config_lib
 from moejax import model, sharding, tree
 from moejax.nn import stacking
-from moejax.train import spikes
+from moejax.train import low_rank, optim, spikes
 
 
 @jax.tree_util.register_dataclass
@@ -29,10 +29,13 @@ class TrainState:
   recent_losses: jax.Array
 
 
-def create(params: Any, optimizer: optax.GradientTransformation) -> TrainState:
+def create(
+    experiment: config_lib.Experiment, params: Any, optimizer: optax.GradientTransformation
+) -> TrainState:
   """The state before the first step."""
+  trained, _ = optim.split_trained(experiment.optim, params)
   return TrainState(
-      step=jnp.int32(0), params=params, opt_state=optimizer.init(tree.split_floats(params)[0]),
+      step=jnp.int32(0), params=params, opt_state=optimizer.init(trained),
       recent_losses=spikes.no_losses(),
   )
 
@@ -43,9 +46,17 @@ def stacks(experiment: config_lib.Experiment) -> bool:
 
 
 def abstract_params(experiment: config_lib.Experiment) -> Any:
-  """Shapes of a run's parameters, stacked if it stacks them."""
-  params = model.abstract_params(experiment.model)
-  return stacking.stack(params, experiment.model) if stacks(experiment) else params
+  """Shapes of a run's parameters, as `arranged`."""
+  return jax.eval_shape(
+      lambda params: arranged(experiment, params), model.abstract_params(experiment.model)
+  )
+
+
+def arranged(experiment: config_lib.Experiment, params: Any) -> Any:
+  """A model's parameters as a run has them: split (`low_rank`), and stacked if it stacks them."""
+  config: Any = experiment.model
+  params = low_rank.split(params, experiment.low_rank, experiment.train.seed)
+  return stacking.stack(params, config) if stacks(experiment) else params
 
 
 def abstract(
@@ -53,7 +64,7 @@ def abstract(
 ) -> TrainState:
   """The state's shapes and dtypes; nothing is allocated."""
   return jax.eval_shape(
-      lambda params: create(params, optimizer), abstract_params(experiment)
+      lambda params: create(experiment, params, optimizer), abstract_params(experiment)
   )
 
 
@@ -93,20 +104,20 @@ def init(
   The same seed gives the same parameters on every mesh, stacked or not. Given parameters are those
   of a Model.
   """
-  config: Any = experiment.model
   places = shardings(abstract(experiment, optimizer), mesh)
-  ordered = lambda p: stacking.stack(p, config) if stacks(experiment) else p
   if params is None:
     make = jax.jit(
-        lambda key: ordered(model.init_params(config, key)), out_shardings=places.params
+        lambda key: arranged(experiment, model.init_params(experiment.model, key)),
+        out_shardings=places.params,
     )
     params = make(jax.random.key(experiment.train.seed))
   else:
-    params = jax.device_put(ordered(tree.cast_floats(params, jnp.float32)), places.params)
-  return jax.jit(lambda p: create(p, optimizer), out_shardings=places)(params)
+    params = arranged(experiment, tree.cast_floats(params, jnp.float32))
+    params = jax.device_put(params, places.params)
+  return jax.jit(lambda p: create(experiment, p, optimizer), out_shardings=places)(params)
 
 
 def model_params(experiment: config_lib.Experiment, state: TrainState) -> Any:
-  """The parameters as a Model has them: layers by themselves."""
+  """The parameters with layers by themselves, as a Model has them but for what is split."""
   config: Any = experiment.model
   return stacking.unstack(state.params, config) if stacks(experiment) else state.params

@@ -15,7 +15,7 @@ from moejax.routing import estimators
 from moejax.routing import losses as losses_lib
 from moejax.routing import metrics as metrics_lib
 from moejax.routing.types import Routing
-from moejax.train import distill, spikes
+from moejax.train import distill, low_rank, optim, spikes
 from moejax.train import state as state_lib
 
 Batch = Mapping[str, jax.Array]
@@ -61,6 +61,7 @@ def forward(
   """Applies the model to a batch as the run says; with a key in training mode."""
   train = experiment.train
   extra = {}
+  params = low_rank.whole(params, experiment.low_rank)
   if isinstance(experiment.model, config_lib.DecoderConfig):
     extra['microbatches'] = train.pipeline_microbatches
   return model.forward(
@@ -216,9 +217,9 @@ def gradients(
 ) -> tuple[Any, Metrics]:
   """Gradients and summed metrics of a batch, over `train.accumulate` microbatches in turn.
 
-  Of the leaves that can be trained, see `tree.split_floats`.
+  Of the leaves that are trained, see `optim.split_trained`.
   """
-  params, fixed = tree.split_floats(params)
+  params, fixed = optim.split_trained(experiment.optim, params)
   parts = experiment.train.accumulate
   total = jnp.maximum(jnp.sum(batch['weights']), 1.0)
 
@@ -258,7 +259,7 @@ def train_step(
   """
   key = jax.random.fold_in(jax.random.key(experiment.train.seed), state.step)
   grads, metrics = gradients(experiment, state.params, batch, key, mesh, teacher)
-  trained, fixed = tree.split_floats(state.params)
+  trained, fixed = optim.split_trained(experiment.optim, state.params)
   updates, opt_state = optimizer.update(grads, state.opt_state, trained)
   params = tree.join(optax.apply_updates(trained, updates), fixed)
   metrics = _finish_routing(metrics)

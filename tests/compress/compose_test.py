@@ -12,10 +12,11 @@ import pytest
 
 import moejax
 from moejax import account, tree
-from moejax.compress import compress, dry_run, lowrank_core
+from moejax.compress import compress, dry_run
 from moejax.errors import UserError
 from moejax.generate import generate
 from moejax.model import Model
+from moejax.weights import lowrank_core
 
 sys.path.insert(0, str(Path(__file__).parent))
 import small_models as small

@@ -12,7 +12,7 @@ import pytest
 from experiments import flags
 import moejax
 from moejax import config as config_lib
-from moejax import errors, sharding, tree
+from moejax import errors, sharding, tree, weights
 from moejax.compress import compress
 from moejax.model import Model
 from moejax.train import distill, loop, optim
@@ -160,7 +160,10 @@ def test_from_a_folder_through_the_command(tmp_path, monkeypatch):
   compress(whole, moejax.prune('reap', experts=2), [sample], tmp_path / 'pruned')
   settings = ['train.steps=6', 'optim.warmup_steps=2', 'train.batch_size=8', 'mesh.data=1',
               'train.checkpoint_every=2', 'train.peak_flops_per_second=1e9', 'train.eval_every=0']
-  for kind in ('router', 'published'):
+  settings += [f'low_rank.{field}' for field in (
+      'rank=4', 'kept=0.25', 'warmup_steps=1', 'settle_steps=2'
+  )]
+  for kind in ('router', 'losparse'):
     experiment = flags.load_config(f'configs/recover.py:{kind}@{tmp_path / "pruned"}', settings)
     assert experiment.distill.teacher == str(whole)
     assert experiment.data.train_files == (str(tmp_path / 'text.txt'),)
@@ -171,14 +174,22 @@ def test_from_a_folder_through_the_command(tmp_path, monkeypatch):
     before, after = (tree.flatten(Model.load(f).params)
                      for f in (tmp_path / 'pruned', result['model']))
     for path, leaf in after.items():
+      if isinstance(leaf, weights.LowRankSparse):
+        assert kind == 'losparse' and leaf.shape == before[path].shape
+        assert leaf.left.shape[2] == 4 and leaf.index.shape[1] < leaf.shape[2]
+        continue
       same = np.array_equal(np.asarray(leaf), np.asarray(before[path]))
-      assert same == (('/router/' in path) == (kind == 'published')), (kind, path)
+      assert same == (('/router/' in path) == (kind == 'losparse')), (kind, path)
+  assert any(isinstance(leaf, weights.LowRankSparse) for leaf in after.values())
   asked = iter([False, False, True])
   cut = loop.run(experiment, tmp_path / 'cut', hooks=[], should_stop=lambda: next(asked, True))
   assert not cut['finished']
+  other = config_lib.apply_overrides(experiment, ['low_rank.rank=3'])
+  with pytest.raises(errors.UserError, match='low_rank.rank = 4'):
+    loop.run(other, tmp_path / 'cut', hooks=[])
   loop.run(experiment, tmp_path / 'cut', hooks=[])
   files = [(tmp_path / name / 'model' / 'model.safetensors').read_bytes()
-           for name in ('published', 'cut')]
+           for name in ('losparse', 'cut')]
   assert files[0] == files[1]
 
 
@@ -190,6 +201,25 @@ def test_a_wrong_variant(variant, message, monkeypatch):
   monkeypatch.chdir(ROOT)
   with pytest.raises(errors.UserError, match=message):
     flags.load_config(f'configs/recover.py:{variant}', [])
+
+
+def test_nothing_to_learn(teacher):
+  setup, model = teacher
+  with pytest.raises(errors.UserError, match='there is nothing to learn'):
+    loop.check(changed(setup.experiment, model, distill__task_weight=0.0))
+
+
+def test_published_settings(teacher, tmp_path, monkeypatch):
+  monkeypatch.chdir(ROOT)
+  setup, model = teacher
+  model.save(tmp_path / 'model', provenance={'trained': {
+      'experiment': config_lib.to_json(setup.experiment)}})
+  run = flags.load_config(f'configs/recover.py:published@{tmp_path / "model"}', [])
+  assert (run.distill.weight, run.distill.reduction, run.distill.temperature) == (
+      0.2, 'published', 2.0)
+  trained, _ = optim.split_trained(run.optim, model.params)
+  assert not any('/router/' in path for path in tree.flatten(trained))
+  assert run.model.moe.router_aux_loss_coef == run.model.moe.router_z_loss_coef == 0
 
 
 def test_a_teacher_of_other_words(teacher, tmp_path):

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from moejax import errors, weights
-from moejax.compress import lowrank_core
 from moejax.ops import expert_dot as expert_dot_lib
+from moejax.weights import lowrank_core
 
 E, D, F, R = 3, 20, 36, 4
 

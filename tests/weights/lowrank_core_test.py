@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moejax.compress import lowrank_core
 from moejax.errors import UserError
+from moejax.weights import lowrank_core
 
 DATA = dict(np.load(Path(__file__).parents[1] / 'vectors' / 'mcsmoe' / 'losparse.npz'))
 
