@@ -1,4 +1,4 @@
-"""compress_tree: quantize the experts of any pytree and any function.
+"""compress_tree: quantize, prune or merge the experts of any pytree and any function.
 
 The function belongs to somebody else, so it must say what its experts see. `apply_fn(params, batch,
 capture)` runs the model as always and, next to each expert matrix, reports the matrix' input:
@@ -14,6 +14,11 @@ the leaves and how their axes lie. Leaves are compressed in the order in which t
 reports them, each from the inputs that the compressed ones before it produce, and a leaf by groups
 of `expert_group` experts, so that Hessians exist for one group only. apply_fn runs over the batches
 once more for each group: a larger group is faster, a smaller one takes less memory.
+
+Pruning and merging want rules with roles, for routers too, and hear of an expert's inputs once, at
+its 'wi':
+
+      capture('layers/0/w_in', x_md, expert_mk, gate_mk=gate_mk, logits_me=logits_me)
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,7 +30,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.compress import budget, hessian_core, matrix, parts, quantize
+from moejax.compress import budget, fewer, foreign_fewer, hessian_core, matrix, parts, quantize
+from moejax.config.moe import require_known, require_pattern
 from moejax.errors import UserError, did_you_mean
 
 _AXES = ('expert', 'in', 'out')
@@ -36,37 +42,50 @@ class ExpertRule:
   """Which leaves are expert weights, and how their axes lie.
 
   pattern: a regex of whole leaf paths, 'a/b/c'. axes: for each axis of the leaf 'expert', 'in'
-  (contracted with the input) or 'out'; without 'expert' the leaf is one matrix.
+  (contracted with the input) or 'out'; without 'expert' the leaf is one matrix. role: to prune and
+  merge, what the leaf is in its layer: 'wi', 'gate', 'wo', their biases 'wi_bias', ..., of axes
+  'expert' and 'out', or 'router/kernel', of 'in' and 'expert', or 'router/bias', of 'expert'. What
+  the pattern's first group matches is the name of the layer, or else the path before its last '/'.
   """
 
   pattern: str
   axes: tuple[str, ...] = _AXES
+  role: str = ''
 
   def __post_init__(self):
+    require_pattern(self.pattern, 'pattern')
+    if self.role:
+      require_known(self.role, 'role', tuple(foreign_fewer.ROLES))
+      if sorted(self.axes) != sorted(wanted := foreign_fewer.ROLES[self.role]):
+        raise UserError(f'axes = {self.axes}: role {self.role!r} has {wanted}, in any order')
+      return
     if sorted(self.axes) not in (['expert', 'in', 'out'], ['in', 'out']):
       raise UserError(f"axes = {self.axes}: 'in' and 'out' once each, and 'expert' at most once")
-    try:
-      re.compile(self.pattern)
-    except re.error as error:
-      raise UserError(f'pattern = {self.pattern!r} is no regular expression: {error}') from error
 
 
 class Capture(Protocol):
   """What `apply_fn` calls; see the module."""
 
-  def __call__(self, path: str, x_md: Any, expert_mk: Any = None, mask_m: Any = None) -> None: ...
+  def __call__(
+      self, path: str, x_md: Any, expert_mk: Any = None, mask_m: Any = None, *,
+      gate_mk: Any = None, logits_me: Any = None,
+  ) -> None: ...
 
   def dense(self, path: str, x_ecd: Any, mask_ec: Any = None) -> None: ...
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TreeResult:
-  """params: the pytree with the rules' leaves replaced. nodes: their compressed weights by path,
-  [experts, in, out]. rows: a report row for each expert matrix."""
+  """params: the pytree with the rules' leaves replaced. rows: of the report.
+
+  nodes: compressed weights by path, [experts, in, out]. maps: by layer, where a merge leaves the
+  router as it is, the merged expert of each choice, int32 [e].
+  """
 
   params: Any
-  nodes: dict[str, Any]
   rows: list[dict[str, Any]]
+  nodes: dict[str, Any] = dataclasses.field(default_factory=dict)
+  maps: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
 
 class _Grams:
@@ -107,7 +126,10 @@ class _Grams:
       self.grams[place] += np.asarray(hessian_core.gram(chunk))
     self.tokens[place] += len(x_md)
 
-  def __call__(self, path, x_md, expert_mk=None, mask_m=None) -> None:
+  def __call__(
+      self, path, x_md, expert_mk=None, mask_m=None, *, gate_mk=None, logits_me=None
+  ) -> None:
+    del gate_mk, logits_me
     if not self._wants(path, x_md):
       return
     experts = self._leaves[path][0]
@@ -159,8 +181,8 @@ def _backward(values_edf: np.ndarray, axes: tuple[str, ...]) -> np.ndarray:
 def _check_transform(transform: Any) -> None:
   if not isinstance(transform, quantize.Quantize):
     raise UserError(
-        f'compress_tree takes one quantize(...), not a {type(transform).__name__}: call it once a '
-        'step'
+        'compress_tree takes one quantize(...), prune(...) or merge(...), not a '
+        f'{type(transform).__name__}: call it once a step'
     )
   if transform.true_sequential or transform.layers != '.*':
     raise UserError(
@@ -171,10 +193,10 @@ def _check_transform(transform: Any) -> None:
 
 def compress_tree(
     params: Any, rules: Sequence[ExpertRule], apply_fn: Callable[[Any, Any, Capture], Any],
-    batches: Iterable[Any], transform: quantize.Quantize | None = None, *,
-    sequential: bool = True,
+    batches: Iterable[Any], transform: quantize.Quantize | fewer.Fewer | None = None, *,
+    sequential: bool = True, activation: str = '',
 ) -> TreeResult:
-  """Quantizes the expert leaves of any pytree from the inputs that `apply_fn` reports.
+  """Quantizes, prunes or merges the experts of any pytree from what `apply_fn` reports.
 
   Args:
     params: any pytree of arrays.
@@ -182,11 +204,16 @@ def compress_tree(
     apply_fn: see the module; its result is not looked at.
     batches: calibration, whatever apply_fn takes; iterated many times, so kept in a list.
     transform: from `quantize`; its expert_group bounds the memory. Its masks and cap are for moejax
-      models and play no part here.
+      models and play no part here. Or from `prune` or `merge`, whose `layers` are matched with the
+      names of the layers here.
     sequential: calibrate each leaf behind the compressed ones; False: on the params as they were.
+      Pruning and merging always look at the params as they were.
+    activation: of experts to prune or merge, a name in `ops.ffn.ACTIVATIONS`.
 
-  The new params hold arrays of the old dtype, made from the stored levels and symbols, so that
-  any function takes them; `nodes` holds what to store.
+  The new params of `quantize` hold arrays of the old dtype, made from the stored levels and
+  symbols, so that any function takes them; `nodes` holds what to store. Those of `prune` and
+  `merge` hold fewer experts, [kept, ...], and fewer columns of the router; behind a merge with
+  router 'remap' or 'sum' the function must look its choices up in `maps`.
 
   Raises:
     UserError: a rule matches nothing or the wrong rank, apply_fn reports an unknown leaf, none at
@@ -194,23 +221,45 @@ def compress_tree(
       settings that only a moejax model can heed.
   """
   transform = quantize.quantize() if transform is None else transform
-  _check_transform(transform)
+  if not isinstance(transform, fewer.Fewer):
+    _check_transform(transform)
   leaves, structure = jax.tree_util.tree_flatten_with_path(params)
   paths = [_path(keys) for keys, _ in leaves]
   values = dict(zip(paths, (leaf for _, leaf in leaves)))
-  axes = _match(rules, values)
-  shapes = {p: _forward(values[p], a).shape for p, a in axes.items()}
-  grams = _Grams({p: s[:2] for p, s in shapes.items()})
+  matched = _match(rules, values)
   samples = list(batches)
   if not samples:
     raise UserError('calibration has no batch: give at least one')
 
-  def run(params, batches):
+  def run(params, batches, capture):
     tree = jax.tree_util.tree_unflatten(structure, [params[p] for p in paths])
     for batch in batches:
-      apply_fn(tree, batch, grams)
+      apply_fn(tree, batch, capture)
 
-  run(values, samples[:1])
+  if isinstance(transform, fewer.Fewer):
+    made, maps, rows = foreign_fewer.compress(
+        [_leaf(path, rule, values[path]) for path, rule in matched.items()],
+        lambda capture: run(values, samples, capture), transform, activation,
+    )
+    tree = jax.tree_util.tree_unflatten(structure, [{**values, **made}[p] for p in paths])
+    return TreeResult(params=tree, maps=maps, rows=rows)
+  return _quantized(values, matched, transform, samples, run, structure, sequential)
+
+
+def _leaf(path: str, rule: ExpertRule, value: Any) -> foreign_fewer.Leaf:
+  if not rule.role:
+    raise UserError(f'rule {rule.pattern!r} has no role: prune and merge need one')
+  found: Any = re.fullmatch(rule.pattern, path)
+  layer = (found[1] or '') if found.groups() else path.rpartition('/')[0]
+  return foreign_fewer.Leaf(path=path, layer=layer, role=rule.role, axes=rule.axes, value=value)
+
+
+def _quantized(values, matched, transform, samples, run, structure, sequential) -> TreeResult:
+  paths = list(values)
+  axes = {path: rule.axes for path, rule in matched.items() if {'in', 'out'} <= {*rule.axes}}
+  shapes = {p: _forward(values[p], a).shape for p, a in axes.items()}
+  grams = _Grams({p: s[:2] for p, s in shapes.items()})
+  run(values, samples[:1], grams)
   order = list(grams.seen)
   silent = sorted(set(axes) - set(order))
   if silent:
@@ -224,7 +273,7 @@ def compress_tree(
     for start in range(0, len(w_edf), transform.expert_group):
       ids = range(start, min(start + transform.expert_group, len(w_edf)))
       grams.start(path, ids)
-      run(seen, samples)
+      run(seen, samples, grams)
       h = hessian_core.scale_gram(jnp.asarray(grams.grams), grams.tokens)
       own = w_edf[ids.start : ids.stop]
       tokens = grams.tokens.tolist()
@@ -245,8 +294,8 @@ def compress_tree(
   return TreeResult(params=tree, nodes=nodes, rows=rows)
 
 
-def _match(rules: Sequence[ExpertRule], values: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
-  axes: dict[str, tuple[str, ...]] = {}
+def _match(rules: Sequence[ExpertRule], values: Mapping[str, Any]) -> dict[str, ExpertRule]:
+  matched: dict[str, ExpertRule] = {}
   for rule in rules:
     found = [p for p in values if re.fullmatch(rule.pattern, p)]
     if not found:
@@ -259,7 +308,7 @@ def _match(rules: Sequence[ExpertRule], values: Mapping[str, Any]) -> dict[str, 
             f'rule {rule.pattern!r} gives {path} axes {rule.axes}, its shape is '
             f'{np.shape(values[path])}'
         )
-      axes.setdefault(path, rule.axes)
-  if not axes:
+      matched.setdefault(path, rule)
+  if not matched:
     raise UserError('no rules: name the leaves that hold experts')
-  return axes
+  return matched
