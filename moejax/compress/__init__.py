@@ -19,6 +19,8 @@ _PUBLIC = {
     'dry_run': 'predict',
     'hc_smoe': 'merge',
     'msmoe': 'merge',
+    'prune_units': 'prune_within',
+    'prune_weights': 'prune_within',
     'qmoe': 'quantize',
     'ream': 'merge',
     'skip_second': 'skip',

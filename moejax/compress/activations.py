@@ -133,6 +133,10 @@ class Activations:
     """The tokens that go to an expert, in order."""
     return _tokens(self.routing, expert)
 
+  def gates_of(self, expert: int, tokens: np.ndarray) -> np.ndarray:
+    """The gates of some tokens of an expert, float32 [m]."""
+    return _gates(self.routing, expert, tokens)
+
   def expert_inputs(self, tokens: np.ndarray) -> np.ndarray:
     """Normed inputs of the experts, float32 [m, d]."""
     assert self._layer is not None
@@ -158,17 +162,16 @@ class Activations:
       self, expert: int, weights_df: Mapping[str, np.ndarray], see: See | None = None
   ) -> None:
     """Adds gate * expert(norm(x)) to every token of one expert; `see` gets what it computes."""
-    choice, gate, keep, _ = self._way
     tokens = _tokens(self._way, expert)
     if not tokens.size:
       return
     own = {name: jnp.asarray(w) for name, w in weights_df.items()}
-    factor = np.where((choice[tokens] == expert) & keep[tokens], gate[tokens], 0.0).sum(1)
+    factor = _gates(self._way, expert, tokens)
     for start in range(0, len(tokens), _ROWS):
       piece = tokens[start : start + _ROWS]
       x = _pad_rows(self.expert_inputs(piece))
       y = np.asarray(_expert(own, jnp.asarray(x), self.config.activation))[: len(piece)]
-      gates = factor[start : start + len(piece)].astype(np.float32)
+      gates = factor[start : start + len(piece)]
       if see is not None:
         see(x[: len(piece)], y, gates)
       y = y if self._scale is None else y * self._scale
@@ -188,6 +191,11 @@ def _joined(found: Mapping[str, np.ndarray]) -> walk.Routed:
 
 def _tokens(routed: walk.Routed, expert: int) -> np.ndarray:
   return np.flatnonzero(((routed.choice == expert) & routed.keep).any(1))
+
+
+def _gates(routed: walk.Routed, expert: int, tokens: np.ndarray) -> np.ndarray:
+  own = (routed.choice[tokens] == expert) & routed.keep[tokens]
+  return np.where(own, routed.gate[tokens], 0.0).sum(1).astype(np.float32)
 
 
 def _pad_rows(x_md: np.ndarray) -> np.ndarray:

@@ -33,6 +33,10 @@ class LayerContext(Protocol):
     """
     ...
 
+  def gates(self, experts: Sequence[int]) -> Iterable[np.ndarray]:
+    """The gates of the tokens of `inputs`, float32 [m_e]."""
+    ...
+
   def sample(self, count: int) -> tuple[np.ndarray, np.ndarray]:
     """Normed inputs [m, d] and router logits [m, e] of `count` calibration tokens, spread evenly.
 

@@ -67,6 +67,9 @@ class Context:
   def inputs(self, experts: Sequence[int]) -> Iterable[np.ndarray]:
     return (self._acts.expert_inputs(self._tokens(e)) for e in experts)
 
+  def gates(self, experts: Sequence[int]) -> Iterable[np.ndarray]:
+    return (self._acts.gates_of(e, self._tokens(e)) for e in experts)
+
   def sample(self, count: int) -> tuple[np.ndarray, np.ndarray]:
     tokens = np.arange(self._limit)
     if self._calibration.mask_special:

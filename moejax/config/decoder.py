@@ -70,20 +70,18 @@ class DecoderMoeConfig(MoeConfig):
   """Sparse layers of a decoder; see `MoeConfig`.
 
   Layer i is sparse when (i + 1) % sparse_step == 0 and i is not in dense_layers.
-  d_ff: hidden width of an expert; None: the model's. shared_d_ff: that of the expert that every
-  token meets beside its choices, 0 for none; shared_gate: its output is scaled by a sigmoid of the
-  token (Qwen2).
+  shared_d_ff: hidden width of the expert that every token meets beside its choices, 0 for none;
+  shared_gate: its output is scaled by a sigmoid of the token (Qwen2).
   """
 
   least: ClassVar[Mapping[str, float]] = {
-      **MoeConfig.least, 'sparse_step': 1, 'd_ff': 1, 'shared_d_ff': 0,
+      **MoeConfig.least, 'sparse_step': 1, 'shared_d_ff': 0,
   }
   top_k: int = 2
   router: str = 'sparsemixer_v2'
   router_z_loss_coef: float = 0.0
   sparse_step: int = 1
   dense_layers: tuple[int, ...] = ()
-  d_ff: int | None = None
   shared_d_ff: int = 0
   shared_gate: bool = False
 

@@ -42,6 +42,7 @@ class MoeConfig(Checked):
 
   num_experts, top_k: experts of a layer, and how many of them a token meets; `threshold` and the
     dense estimators meet as many as their rule says.
+  d_ff: hidden width of an expert; None for the model's.
   router: one of ROUTERS. normalize_gates: the gates of a token's choices are made to sum to 1.
   jitter_eps: SparseMixer's candidates are the experts whose logits are this near to the largest
     (GRIN, arXiv 2409.12136, eq. 2). variant: 'reference' is the released code, 'paper' the text,
@@ -70,11 +71,12 @@ class MoeConfig(Checked):
 
   section: ClassVar[str] = 'moe.'
   least: ClassVar[Mapping[str, float]] = {
-      'num_experts': 1, 'top_k': 1, 'expert_capacity': 1, 'router_z_loss_coef': 0,
+      'num_experts': 1, 'top_k': 1, 'd_ff': 1, 'expert_capacity': 1, 'router_z_loss_coef': 0,
       'router_aux_loss_coef': 0, 'jitter_eps': 0, 'balance_groups': 0, 'exchange_factor': 0,
   }
   num_experts: int
   top_k: int = 1
+  d_ff: int | None = None
   router: str = 'switch'
   normalize_gates: bool = False
   jitter_eps: float = 0.01

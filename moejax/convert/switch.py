@@ -72,6 +72,11 @@ def write_config(config: EncDecConfig) -> dict[str, Any]:
     raise UserError(
         'model.gated = true: transformers has no gated Switch Transformer: keep the moejax format'
     )
+  if config.moe is not None and config.moe.d_ff not in (None, config.d_ff):
+    raise UserError(
+        f'moe.d_ff = {config.moe.d_ff}: transformers gives the experts of a Switch Transformer the '
+        f'width of its dense layers, {config.d_ff}: keep the moejax format'
+    )
   moe = config.moe or EncDecMoeConfig(num_experts=1, encoder_sparse_step=0, decoder_sparse_step=0)
   values = encdec.plain_values(config)
   for stack, layers, step in (

@@ -63,7 +63,7 @@ class Experts(nn.Module):
   def __call__(self, x_btd: jax.Array, routing: Routing) -> tuple[jax.Array, Routing]:
     c = self.config
     m: Any = c.moe
-    params = ffn_params(self, c, (m.held,), getattr(m, 'd_ff', None))
+    params = ffn_params(self, c, (m.held,), m.d_ff)
     rate = max(c.dropout_rate, m.expert_dropout_rate) if self.train else 0.0
     y, keep_mk = moe.moe_ffn(
         params, x_btd, routing, c.activation, mesh=self.mesh, dropout_rate=rate,
