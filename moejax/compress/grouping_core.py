@@ -142,14 +142,21 @@ def spectral(similarity_ee: np.ndarray, usage_e: np.ndarray, count: int, seed: i
   return _of_clusters(found, usage_e, count)
 
 
+def linkage(vectors_en: np.ndarray) -> np.ndarray:
+  """HC-SMoE's tree: average linkage on Euclidean distances, SciPy's [e - 1, 4]."""
+  return hierarchy.linkage(
+      np.asarray(vectors_en, np.float64), method='average', metric='euclidean'
+  )
+
+
 def agglomerative(vectors_en: np.ndarray, usage_e: np.ndarray, count: int) -> Groups:
-  """HC-SMoE: average linkage on Euclidean distances of the experts' mean outputs."""
+  """HC-SMoE (arXiv 2410.08589): the tree of the experts' mean outputs, cut at `count` groups."""
   vectors = np.asarray(vectors_en, np.float64)
   _check_count(count, len(vectors))
   if count == len(vectors):
     return _of_clusters(np.arange(count), usage_e, count)
-  tree = hierarchy.linkage(vectors, method='average', metric='euclidean')
-  return _of_clusters(hierarchy.fcluster(tree, count, 'maxclust'), usage_e, count)
+  clusters = hierarchy.fcluster(linkage(vectors), count, 'maxclust')
+  return _of_clusters(clusters, usage_e, count)
 
 
 def anchored(

@@ -1,4 +1,4 @@
-"""experiments.fewer: a table and a picture of a model cut by two methods; what is done stays."""
+"""experiments.fewer: tables and pictures of a model cut by two methods; what is done stays."""
 
 import json
 import os
@@ -44,14 +44,23 @@ def test_two_methods(tmp_path):
   assert list(first['runs']) == ['prune reap/2/0']
   assert first['runs']['prune reap/2/0']['expert_bytes'] == first['before']['expert_bytes'] / 2
   (tmp_path / 'page.md').write_text((tmp_path / 'page.md').read_text() + 'by hand\n')
-  done = run(*arguments, '--methods', 'prune reap,merge random', '--seeds', '0')
+  recover = ('--recover', 8, '--batch', 2)
+  done = run(*arguments, '--methods', 'prune reap,merge hc_smoe', '--seeds', '0', *recover)
   assert done.returncode == 0, done.stderr
   both = json.loads((tmp_path / 'fewer.json').read_text())
-  assert both['runs']['prune reap/2/0'] == first['runs']['prune reap/2/0']
-  assert set(both['runs']) == {'prune reap/2/0', 'merge random/2/0'}
+  assert set(both['runs']) == {'prune reap/2/0', 'merge hc_smoe/2/0'}
+  for name, value in first['runs']['prune reap/2/0'].items():
+    assert name == 'seconds' or both['runs']['prune reap/2/0'][name] == value, name
+  for row in both['runs'].values():
+    assert row['recovered'] < row['loss']
   text = (tmp_path / 'page.md').read_text()
-  assert page.table(both) in text and text.endswith('by hand\n')
-  assert (tmp_path / 'fewer.png').read_bytes().startswith(b'\x89PNG')
+  assert page.table(both) in text and page.table(both, 'recovered') in text
+  assert text.endswith('by hand\n')
+  for name in ('fewer', 'fewer_map', 'fewer_trees'):
+    assert (tmp_path / f'{name}.png').read_bytes().startswith(b'\x89PNG')
+    assert f'{name}.png' in text
+  done = run(*arguments, '--methods', 'merge random', '--recover', 4)
+  assert done.returncode == 2 and 'holds runs of --recover 8 --batch 2' in done.stderr
   done = run(*arguments, '--methods', 'prune reep')
   assert done.returncode == 2 and "did you mean 'prune reap'" in done.stderr
   assert len(done.stderr.strip().splitlines()) == 1
