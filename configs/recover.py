@@ -44,7 +44,8 @@ def get_config(variant: str = '') -> config.Experiment:
   moe: Any = source.config.moe
   low_rank = config.LowRankConfig()
   optim = config.OptimConfig(
-      learning_rate=1e-3, warmup_steps=16, schedule='linear', weight_decay=0.01
+      learning_rate=1e-3 if kind in ('router', 'lora') else 1e-4, warmup_steps=16,
+      schedule='linear', weight_decay=0.01,
   )
   distill = config.DistillConfig(teacher=_teacher(source), weight=1.0)
   if kind == 'router':
@@ -52,7 +53,7 @@ def get_config(variant: str = '') -> config.Experiment:
     distill = dataclasses.replace(distill, task_weight=0.0, temperature=1.0)
   elif kind in ('published', 'losparse'):
     optim = dataclasses.replace(
-        optim, learning_rate=1e-4, eps=1e-6, end_fraction=0.0,
+        optim, eps=1e-6, end_fraction=0.0,
         learning_rate_rules=((ROUTERS, 0.0), ('.*', 1.0)),
         weight_decay_rules=((r'.*relative_bias', 0.0), ('.*', 1.0)), clip_norm=0.0,
     )

@@ -3,13 +3,15 @@
 One shot, and with --recover after a short training held to the model before. Every method sees the
 same calibration of a seed, and where it wants statistics the same ones. What is in --out already is
 not done again, so it can be stopped and started; twelve methods, three sizes and three seeds take a
-quarter of an hour on two cores, and with --recover 64 an hour more.
+quarter of an hour on two cores, and with --recover 64 an hour more. With --task, a folder of texts
+for each label, the model is first fine-tuned to label them, and accuracy is measured too.
 
 Example:
   python -m experiments.fewer --model experiments/checkpoints/sotu-switch-16 --recover 64
 """
 
 from collections.abc import Mapping
+import functools
 import pathlib
 import tempfile
 from typing import Any
@@ -22,11 +24,9 @@ import tqdm
 from configs import sotu_switch16
 from experiments import flags as common
 from experiments.bench import suites
-from experiments.fewer import page, pictures, recovery
-from moejax import errors, evaluate, files, store
+from experiments.fewer import page, pictures, problems, training
+from moejax import errors, files, store
 from moejax.compress import compress, fewer, grouping_core, stats
-from moejax.data import text
-from moejax.data import tokenizer as tokenizer_lib
 
 _MODEL = flags.DEFINE_string(
     'model', 'experiments/checkpoints/sotu-switch-16', 'Model folder to cut.'
@@ -44,25 +44,12 @@ _SAMPLES = flags.DEFINE_integer('samples', 256, 'Calibration samples.', lower_bo
 _TESTS = flags.DEFINE_integer('test_samples', 128, 'Samples of --test.', lower_bound=1)
 _RECOVER = flags.DEFINE_integer('recover', 0, 'Steps of training after; 0: none.', lower_bound=0)
 _BATCH = flags.DEFINE_integer('batch', 8, 'Samples a step of --recover.', lower_bound=1)
+_RATE = flags.DEFINE_float('learning_rate', 1e-4, 'Of --recover.', lower_bound=0)
+_TASK = flags.DEFINE_string('task', '', 'Folder with a folder of .txt for each label.')
+_TUNED = flags.DEFINE_string('tuned', 'runs/fewer/tuned', 'Where the model of --task stays.')
+_TASK_STEPS = flags.DEFINE_integer('task_steps', 300, 'Of fine-tuning.', lower_bound=1)
 _OUT = flags.DEFINE_string('out', 'experiments/evidence/fewer.json', 'Where the figures go.')
 _PAGE = flags.DEFINE_string('page', 'experiments/RESULTS_FEWER.md', 'Where the page goes.')
-
-
-def samples(folder: pathlib.Path, patterns: list[str], flag: str) -> Any:
-  """All samples of a text, one a batch."""
-  tokenizer = tokenizer_lib.load(str(folder))
-  return evaluate.fixed_batches(
-      store.Source(folder).config, evaluate.data_config(folder), text.documents(patterns, flag),
-      tokenizer, batch_size=1, name=flag,
-  )
-
-
-def some(batches: Any, count: int, seed: int, seeds: int) -> list[dict[str, Any]]:
-  """`count` samples spread over the text, other ones for each seed."""
-  total = batches.num_batches
-  count = min(count, total // max(seeds, 1))
-  return [batches.batch((i * total // count + seed * total // (count * seeds)) % total)
-          for i in range(count)]
 
 
 def record(report: Mapping[str, Any]) -> dict[str, Any]:
@@ -85,51 +72,21 @@ def main() -> None:
           f'{errors.did_you_mean(name, page.METHODS)}'
       )
   out = pathlib.Path(_OUT.value)
+  how = {
+      'steps': _RECOVER.value, 'size': _BATCH.value, 'learning_rate': _RATE.value,
+      'task': _TASK.value and pathlib.Path(_TASK.value).name,
+  }
   result: dict[str, Any] = files.read_json(out) if out.exists() else {
       'machine': suites.machine(), 'jax': jax.__version__, 'model': str(folder),
-      'samples': _SAMPLES.value, 'before': {}, 'runs': {},
+      'samples': _SAMPLES.value, 'how': how, 'before': {}, 'runs': {},
   }
+  if result['how'] != how:
+    raise errors.UserError(f'{out} holds runs with other settings, {result["how"]}: see --out')
   keys = [(m, int(n), int(s)) for s in _SEEDS.value for n in _COUNTS.value
           for m in _METHODS.value]
-  wanted = 'recovered' if _RECOVER.value else 'loss'
-  left = [key for key in keys if wanted not in result['runs'].get('{}/{}/{}'.format(*key), {})]
-  recover = None
-  if _RECOVER.value and left:
-    how = {'steps': _RECOVER.value, 'batch': _BATCH.value}
-    if result.setdefault('recovery', how) != how:
-      raise errors.UserError(
-          f'{out} holds runs of --recover {result["recovery"]["steps"]} --batch '
-          f'{result["recovery"]["batch"]}: name another --out'
-      )
-    recover = recovery.Recovery(folder, _TRAIN.value, **how)
-  train, test = (samples(folder, flag.value, f'--{name}')
-                 for name, flag in (('calibration', _TRAIN), ('test', _TEST)))
-  validation = list(evaluate.spread(test, _TESTS.value))
-  sentinel = tokenizer_lib.load(str(folder)).first_sentinel
-  held: dict[int, tuple[list[dict[str, Any]], stats.Statistics]] = {}
-  for method, count, seed in tqdm.tqdm(left, disable=None):
-    if seed not in held:
-      calibration = some(train, _SAMPLES.value, seed, len(_SEEDS.value))
-      kinds = ('routing', 'outputs', 'all_outputs')
-      held = {seed: (calibration, stats.measure(folder, calibration, kinds, sentinel=sentinel))}
-      result.setdefault('trees', trees(held[seed][1]))
-      result['experts'] = fewer.experts_held(store.Source(folder).config)
-    calibration, statistics = held[seed]
-    step = page.METHODS[method](count, seed)
-    with tempfile.TemporaryDirectory(prefix='fewer_') as work:
-      cut = pathlib.Path(work) / 'cut'
-      report = compress(
-          folder, step, calibration, cut if recover else None, validation_batches=validation,
-          sentinel=sentinel, statistics=statistics if step.statistics() else None,
-      ).report
-      run = record(report)
-      if recover is not None:
-        run['recovered'] = recover(cut, validation, seed)['after']
-    result['before'] = {
-        name: report['before'][name] for name in ('loss', 'expert_bytes', 'stored_bytes')
-    }
-    result['runs'][f'{method}/{count}/{seed}'] = run
-    files.write_json(out, result)
+  left = [key for key in keys if '{}/{}/{}'.format(*key) not in result['runs']]
+  if left:
+    go_on(folder, left, result, out)
   if not result['runs']:
     raise errors.UserError('nothing to show: give at least one method, count and seed')
   images = []
@@ -141,6 +98,70 @@ def main() -> None:
       images.append(out.with_name(f'{out.stem}{name}.png'))
       files.write_whole(images[-1], image)
   page.write(pathlib.Path(_PAGE.value), result, images)
+
+
+def problem_of(folder: pathlib.Path, before: dict[str, Any]) -> problems.Problem:
+  """What the flags ask for; a task's accuracy goes into `before`."""
+  if not _TASK.value:
+    return problems.of_texts(folder, _TRAIN.value, _TEST.value, _TESTS.value, _BATCH.value)
+  problem, found = problems.of_labels(
+      folder, pathlib.Path(_TASK.value), pathlib.Path(_TUNED.value), _TASK_STEPS.value,
+      _BATCH.value,
+  )
+  before['accuracy'] = found['accuracy']
+  return problem
+
+
+def batch_of(problem: problems.Problem, start: int, i: int) -> dict[str, Any]:
+  return problem.batches(start + i)
+
+
+def go_on(
+    folder: pathlib.Path, left: list[tuple[str, int, int]], result: dict[str, Any],
+    out: pathlib.Path,
+) -> None:
+  """Does the runs that are left, and writes each as it is done."""
+  problem = problem_of(folder, result['before'])
+  held: dict[int, tuple[list[dict[str, Any]], stats.Statistics]] = {}
+  how = result['how']
+  trainer = None
+  if how['steps'] or how['task']:
+    trainer = training.Training(
+        problem.folder, how['steps'], how['size'], how['learning_rate']
+    )
+  for method, count, seed in tqdm.tqdm(left, disable=None):
+    if seed not in held:
+      calibration = problem.calibration(_SAMPLES.value, seed, len(_SEEDS.value))
+      held = {seed: (calibration, stats.measure(
+          problem.folder, calibration, ('routing', 'outputs', 'all_outputs'),
+          sentinel=problem.sentinel,
+      ))}
+      result.setdefault('trees', trees(held[seed][1]))
+      result['experts'] = fewer.experts_held(store.Source(folder).config)
+    calibration, statistics = held[seed]
+    step = page.METHODS[method](count, seed)
+    with tempfile.TemporaryDirectory(prefix='fewer_') as work:
+      cut = pathlib.Path(work) / 'cut'
+      report = compress(
+          problem.folder, step, calibration, cut if trainer else None,
+          validation_batches=problem.validation, sentinel=problem.sentinel,
+          statistics=statistics if step.statistics() else None,
+      ).report
+      run = record(report)
+      if how['task'] and trainer:
+        found = trainer(cut, problem.batches, problem.validation, train=False)
+        run['accuracy'] = found['accuracy']
+      if how['steps'] and trainer:
+        batches = functools.partial(batch_of, problem, seed * how['steps'])
+        found = trainer(cut, batches, problem.validation)
+        run['recovered'] = found['loss']
+        if how['task']:
+          run['recovered_accuracy'] = found['accuracy']
+    result['before'] |= {
+        name: report['before'][name] for name in ('loss', 'expert_bytes', 'stored_bytes')
+    }
+    result['runs'][f'{method}/{count}/{seed}'] = run
+    files.write_json(out, result)
 
 
 def trees(statistics: stats.Statistics) -> dict[str, Any]:

@@ -11,7 +11,11 @@ from moejax.compress import hc_smoe, ream
 from moejax.compress.merge import merge
 from moejax.compress.prune import prune
 
-KINDS = {'loss': 'one shot', 'recovered': 'after recovery'}
+# What of a run is told, and how a page calls it.
+KINDS = {
+    'loss': 'loss, one shot', 'recovered': 'loss, after recovery', 'accuracy': 'accuracy, one shot',
+    'recovered_accuracy': 'accuracy, after recovery',
+}
 MARKER = '<!-- written by hand below -->'
 # Name -> a step from the number of experts and a seed. What is random comes first in the table.
 METHODS: dict[str, Callable[[int, int], Any]] = {
@@ -64,21 +68,25 @@ def write(path: pathlib.Path, result: Mapping[str, Any], images: Sequence[pathli
   """The page; what stands below its marker is kept."""
   old = path.read_text() if path.exists() else ''
   by_hand = old.partition(MARKER)[2] or '\n'
-  machine, before = result['machine'], result['before']
+  machine, before, how = result['machine'], result['before'], result['how']
+  task = f'; fine-tuned to label {how["task"]}' if how['task'] else ''
+  accuracy = f', accuracy {before["accuracy"]:.3f}' if 'accuracy' in before else ''
+  recovery = (
+      f'Recovery is {how["steps"]} steps of {how["size"]} samples at a rate of '
+      f'{how["learning_rate"]}, held to the model before by\n`configs/recover.py:full`; the same '
+      'samples for every method of a seed.\n'
+  )
   parts = [
       '# Fewer experts: what every method costs\n',
       f'Written by `python -m experiments.fewer` on {machine["cpu"]}, {machine["cores"]} cores, '
-      f'jax {result["jax"]}.\n`{result["model"]}`: {before["expert_bytes"] / 1e6:.1f} MB of '
-      f'experts, loss {before["loss"]:.3f} before; {result["samples"]} calibration samples;\n'
-      'loss in nats a target of the test texts, mean and standard deviation over seeds.\n',
-      '## One shot\n', table(result) + '\n',
+      f'jax {result["jax"]}.\n`{result["model"]}`{task}: {before["expert_bytes"] / 1e6:.1f} MB of '
+      f'experts, loss {before["loss"]:.3f}{accuracy} before; {result["samples"]} calibration '
+      'samples;\nloss in nats a target of the test texts, mean and standard deviation over '
+      'seeds.\n',
+      *([recovery] if how['steps'] else []),
   ]
-  if losses(result, 'recovered'):
-    how = result['recovery']
-    parts += [
-        f'## After {how["steps"]} steps of {how["batch"]} samples\n',
-        'Held to the model before, by `configs/recover.py:full`; the same samples for every '
-        'method of a seed.\n', table(result, 'recovered') + '\n',
-    ]
+  for kind, words in KINDS.items():
+    if losses(result, kind):
+      parts += [f'## {words[0].upper()}{words[1:]}\n', table(result, kind) + '\n']
   parts += [f'![{image.stem}]({os.path.relpath(image, path.parent)})\n' for image in images]
   files.write_whole(path, '\n'.join(parts) + f'\n{MARKER}{by_hand}')

@@ -33,7 +33,7 @@ def _png(figure: Any) -> bytes:
 def losses(result: Mapping[str, Any]) -> bytes:
   """Loss against bytes of experts, a line a method; one shot, and after recovery where there is."""
   pyplot = _plots()
-  kinds = [kind for kind in page.KINDS if page.losses(result, kind)]
+  kinds = [kind for kind in ('loss', 'recovered') if page.losses(result, kind)]
   figure, panels = pyplot.subplots(
       1, len(kinds), figsize=(1.5 + 5.5 * len(kinds), 4.6), layout='constrained', sharey=True,
       squeeze=False,

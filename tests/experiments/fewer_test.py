@@ -8,7 +8,7 @@ import sys
 
 import jax
 
-from experiments.fewer import page
+from experiments.fewer import labelled, page
 from moejax.config import EncDecConfig, EncDecMoeConfig
 from moejax.data import tokenizer as tokenizer_lib
 from moejax.model import Model
@@ -38,29 +38,59 @@ def test_two_methods(tmp_path):
       '--test', tmp_path / 'text.txt', '--samples', 2, '--test_samples', 2, '--counts', '2',
       '--out', tmp_path / 'fewer.json', '--page', tmp_path / 'page.md',
   )
-  done = run(*arguments, '--methods', 'prune reap', '--seeds', '0')
-  assert done.returncode == 0, done.stderr
-  first = json.loads((tmp_path / 'fewer.json').read_text())
-  assert list(first['runs']) == ['prune reap/2/0']
-  assert first['runs']['prune reap/2/0']['expert_bytes'] == first['before']['expert_bytes'] / 2
-  (tmp_path / 'page.md').write_text((tmp_path / 'page.md').read_text() + 'by hand\n')
-  recover = ('--recover', 8, '--batch', 2)
-  done = run(*arguments, '--methods', 'prune reap,merge hc_smoe', '--seeds', '0', *recover)
+  done_before = {'loss': 9.25, 'expert_bytes': 1, 'stored_bytes': 2, 'seconds': 3, 'layers': []}
+  (tmp_path / 'fewer.json').write_text(json.dumps({
+      'machine': {'cpu': 'some', 'cores': 2}, 'jax': '0', 'model': 'm', 'samples': 2,
+      'how': {'steps': 0, 'size': 8, 'learning_rate': 1e-4, 'task': ''}, 'before': {},
+      'runs': {'prune reap/2/0': done_before},
+  }))
+  (tmp_path / 'page.md').write_text(page.MARKER + '\nby hand\n')
+  done = run(*arguments, '--methods', 'prune reap,merge hc_smoe', '--seeds', '0')
   assert done.returncode == 0, done.stderr
   both = json.loads((tmp_path / 'fewer.json').read_text())
   assert set(both['runs']) == {'prune reap/2/0', 'merge hc_smoe/2/0'}
-  for name, value in first['runs']['prune reap/2/0'].items():
-    assert name == 'seconds' or both['runs']['prune reap/2/0'][name] == value, name
-  for row in both['runs'].values():
-    assert row['recovered'] < row['loss']
+  assert both['runs']['prune reap/2/0'] == done_before
+  assert both['runs']['merge hc_smoe/2/0']['expert_bytes'] * 2 == both['before']['expert_bytes']
   text = (tmp_path / 'page.md').read_text()
-  assert page.table(both) in text and page.table(both, 'recovered') in text
+  assert page.table(both) in text
   assert text.endswith('by hand\n')
   for name in ('fewer', 'fewer_map', 'fewer_trees'):
     assert (tmp_path / f'{name}.png').read_bytes().startswith(b'\x89PNG')
     assert f'{name}.png' in text
   done = run(*arguments, '--methods', 'merge random', '--recover', 4)
-  assert done.returncode == 2 and 'holds runs of --recover 8 --batch 2' in done.stderr
+  assert done.returncode == 2 and 'holds runs with other settings' in done.stderr
   done = run(*arguments, '--methods', 'prune reep')
   assert done.returncode == 2 and "did you mean 'prune reap'" in done.stderr
   assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_a_task_and_recovery(tmp_path):
+  """Labels that a word gives away are learnt; a cut model trains back towards the model before."""
+  tokenizer = tokenizer_lib.train([TEXT + 'war peace ' * 50], 512)
+  config = EncDecConfig(
+      vocab_size=512, d_model=16, d_kv=8, d_ff=32, num_heads=2, num_layers=2, dropout_rate=0.0,
+      num_decoder_layers=2, relative_attention_num_buckets=8, moe=EncDecMoeConfig(num_experts=4),
+  )
+  Model.init(config, jax.random.key(0)).save(tmp_path / 'model')
+  tokenizer.save(tmp_path / 'model')
+  for label in ('war', 'peace'):
+    (tmp_path / 'texts' / label).mkdir(parents=True)
+    for i in range(20):
+      (tmp_path / 'texts' / label / f'{i}.txt').write_text(f'{label} ' * (3 + i % 4) + f'year {i}')
+    (tmp_path / 'texts' / label / 'again.txt').write_text(f'{label} ' * 3 + 'year 0')
+  train, test = labelled.samples(tmp_path / 'texts', config, tokenizer, 32)
+  assert (len(train), len(test)) == (32, 8)
+  assert {int(s['targets'][0, 0]) for s in train} == {3, 4}
+  done = run(
+      '--model', tmp_path / 'model', '--task', tmp_path / 'texts', '--tuned', tmp_path / 'tuned',
+      '--task_steps', 60, '--recover', 16, '--batch', 8, '--learning_rate', 0.003, '--samples', 8,
+      '--counts', '2', '--seeds', '0', '--methods', 'prune random', '--out', tmp_path / 'f.json',
+      '--page', tmp_path / 'page.md',
+  )
+  assert done.returncode == 0, done.stderr
+  result = json.loads((tmp_path / 'f.json').read_text())
+  row = result['runs']['prune random/2/0']
+  assert result['before']['accuracy'] > 0.9
+  assert row['recovered'] < row['loss'] and 0 <= row['accuracy'] <= 1
+  text = (tmp_path / 'page.md').read_text()
+  assert all(page.table(result, kind) in text for kind in page.KINDS)
