@@ -19,6 +19,7 @@ from absl import flags
 
 from experiments import flags as common
 from moejax import account, errors, evaluate, files, presets, progress, store
+from moejax import report as report_lib
 from moejax.compress import base, driver, predict, stats
 from moejax.data import text
 from moejax.data import tokenizer as tokenizer_lib
@@ -129,8 +130,10 @@ def main() -> None:
       statistics=statistics(folder, first, calibration, tokenizer.first_sentinel),
   )
   report = result.report
+  page = report_lib.write(report, str(_OUT.value))
   summary = {
-      'out': _OUT.value, 'loss': report['loss'],
+      'out': _OUT.value, 'page': str(page),
+      'loss': report['loss'],
       'before': report['before'], 'after': report['after'],
       'seconds': round(sum(step['seconds'] for step in report['steps']), 1),
       'matrices': len(report['layers']),

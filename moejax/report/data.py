@@ -31,6 +31,22 @@ class LayerRow:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Fate:
+  """What became of a layer's experts.
+
+  groups: those that are left, each the experts it was made of, the leading one first. notes: of
+  each group, a line on why. dropped: those that are in none. transform, method: what did it.
+  """
+
+  path: str
+  transform: str
+  method: str
+  groups: tuple[tuple[int, ...], ...]
+  notes: tuple[str, ...]
+  dropped: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Variant:
   """One row of the table: a model as stored, and how it did.
 
@@ -71,6 +87,7 @@ class Report:
   baselines: Mapping[str, float]
   facts: Mapping[str, Any]
   training: Mapping[str, Any]
+  fates: tuple[Fate, ...] = ()
   samples: tuple[Mapping[str, Any], ...] = ()
 
   @property
@@ -102,6 +119,41 @@ def merge_layers(rows: Sequence[Mapping[str, Any]]) -> tuple[LayerRow, ...]:
           fallbacks=sum(bool(m.get('fallback')) for m in members), experts=len(members),
       )
       for path, members in groups.items()
+  )
+
+
+def fates(rows: Sequence[Mapping[str, Any]]) -> tuple[Fate, ...]:
+  """Of every layer whose rows tell who was merged or kept, in the order of the rows."""
+  found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+  for row in rows:
+    if 'members' in row or ('kept' in row and 'dropped' in row):
+      found.setdefault((row.get('path', ''), row.get('transform', '')), []).append(row)
+  return tuple(
+      _merged(path, transform, own) if 'members' in own[0] else _kept(path, transform, own[0])
+      for (path, transform), own in found.items()
+  )
+
+
+def _merged(path: str, transform: str, rows: Sequence[Mapping[str, Any]]) -> Fate:
+  groups, notes = [], []
+  for row in rows:
+    leader = row.get('dominant')
+    groups.append(tuple(sorted(row['members'], key=lambda e: (e != leader, e))))
+    error = row.get('relative_output_error')
+    notes.append(', '.join([
+        *([f'{row["usage"]:.1%} of the tokens'] if row.get('usage') is not None else []),
+        *([f'output off by {error:.0%}'] if error is not None else []),
+    ]))
+  return Fate(path=path, transform=transform, method='', groups=tuple(groups), notes=tuple(notes))
+
+
+def _kept(path: str, transform: str, row: Mapping[str, Any]) -> Fate:
+  scores = row.get('scores') or ()
+  return Fate(
+      path=path, transform=transform, method=str(row.get('method', '')),
+      groups=tuple((e,) for e in row['kept']),
+      notes=tuple(f'score {scores[e]:.3g}' if e < len(scores) else '' for e in row['kept']),
+      dropped=tuple(row['dropped']),
   )
 
 
@@ -155,4 +207,5 @@ def parse(values: Mapping[str, Any]) -> Report:
       variants=variants, headline=headline, baselines=dict(values.get('baselines') or {}),
       facts=dict(values.get('facts') or {}), training=dict(values.get('training') or {}),
       samples=tuple(values.get('samples') or ()),
+      fates=() if rows else fates(values.get('layers') or ()),
   )

@@ -13,8 +13,8 @@ def render(report: Report) -> str:
   """The whole page: pictures, table, explanation, how it was measured."""
   style = importlib.resources.files('moejax.report').joinpath('style.css').read_text()
   sections = [
-      _header(report), _figures(report), _table(report), _samples(report), _explanation(report),
-      _facts(report),
+      _header(report), _figures(report), _table(report), _fates(report), _samples(report),
+      _explanation(report), _facts(report),
   ]
   return (
       '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -35,7 +35,8 @@ def _header(report: Report) -> str:
     experts = before.sizes.get('expert_bytes', 0) / max(best.sizes.get('expert_bytes', 1), 1)
     form = '.0f' if experts >= 10 else '.1f'
     cells.append((f'{experts:{form}}×', 'smaller, the experts'))
-    cells.append((f'{best.bits:.3f}', 'bits for each expert weight, everything counted'))
+    if words.fewer_bits(report, best):
+      cells.append((f'{best.bits:.3f}', 'bits for each expert weight, everything counted'))
   if best.agreement is not None:
     cells.append((f'{best.agreement:.0%}', 'same first answer as the uncompressed model'))
   elif best.loss is not None:
@@ -68,16 +69,26 @@ def _figures(report: Report) -> str:
       f'<ul class="legend"><li><i class="{charts.colour(report, report.headline)}"></i>after</li>'
       '<li><i class="tick-mark"></i>before</li></ul>'
   )
-  figures = [
-      _figure('Smaller against worse', words.loss_caption(report),
-              charts.loss_against_bits(report)),
-      _figure('Where the bytes are', words.bytes_caption(report), charts.bytes_by_part(report),
-              f'<ul class="legend square">{parts}</ul>'),
-      _figure('What each layer lost', words.layer_caption(report), charts.error_and_zeros(report),
-              _legend(report, shown)),
-      _figure('Do the words still find their experts?', words.load_caption(report),
-              charts.expert_load(report), load),
-  ]
+  rows = [row for v in shown for row in v.layers]
+  figures = []
+  if any(words.fewer_bits(report, v) for v in report.compressed):
+    figures.append(_figure(
+        'Smaller against worse', words.loss_caption(report), charts.loss_against_bits(report)
+    ))
+  figures.append(_figure(
+      'Where the bytes are', words.bytes_caption(report), charts.bytes_by_part(report),
+      f'<ul class="legend square">{parts}</ul>',
+  ))
+  if any(row.relative_output_error or row.zeros for row in rows):
+    figures.append(_figure(
+        'What each layer lost', words.layer_caption(report), charts.error_and_zeros(report),
+        _legend(report, shown),
+    ))
+  if report.headline.routing:
+    figures.append(_figure(
+        'Do the words still find their experts?', words.load_caption(report),
+        charts.expert_load(report), load,
+    ))
   curve = charts.training_curve(report)
   if curve:
     seconds = report.training.get('seconds', 0)
@@ -118,6 +129,29 @@ def _table(report: Report) -> str:
       '<h2>The numbers</h2><div class="scroll"><table><thead><tr>' + header
       + '</tr></thead><tbody>' + ''.join(rows) + '</tbody></table></div>'
   )
+
+
+def _fates(report: Report) -> str:
+  """Who was merged with whom and who went, a block a layer."""
+  if not report.fates:
+    return ''
+  blocks = ''.join(
+      f'<section><h3>{escape(fate.path)}</h3><p>{escape(words.fate(fate))}</p><ul>'
+      + ''.join(_group(group, note) for group, note in zip(fate.groups, fate.notes))
+      + (f'<li class="gone" title="dropped">{_experts(fate.dropped)}</li>' if fate.dropped else '')
+      + '</ul></section>'
+      for fate in report.fates
+  )
+  return f'<h2>What became of the experts</h2><div class="fates">{blocks}</div>'
+
+
+def _group(group: tuple[int, ...], note: str) -> str:
+  small = f'<small>{escape(note)}</small>' if note else ''
+  return f'<li>{_experts(group)}{small}</li>'
+
+
+def _experts(experts: tuple[int, ...]) -> str:
+  return ''.join(f'<b>{expert}</b>' for expert in experts)
 
 
 def _samples(report: Report) -> str:

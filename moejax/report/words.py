@@ -3,19 +3,35 @@
 import math
 
 from moejax.report.charts import megabytes
-from moejax.report.data import Report
+from moejax.report.data import Fate, Report, Variant
 
 
 def _of(report: Report, fact: str, default: str) -> str:
   return str(report.facts.get(fact, default))
 
 
+def fewer_bits(report: Report, variant: Variant) -> bool:
+  """Whether a variant stores an expert weight in fewer bits than before."""
+  return bool(variant.bits) and float(variant.bits or 0) < 0.95 * (report.before.bits or 16)
+
+
 def headline(report: Report) -> str:
   """One sentence under the title."""
   best, before = report.headline, report.before
+  first = 'This model was compressed'
+  if fewer_bits(report, best):
+    first = (
+        f'The experts of this model went from <b>{before.bits or 16:.3g} bits</b> to '
+        f'<b>{best.bits:.3f} bits</b> for each weight'
+    )
+  elif report.fates:
+    count = sum(len(fate.groups) for fate in report.fates)
+    all_of_them = count + sum(
+        sum(map(len, f.groups)) - len(f.groups) + len(f.dropped) for f in report.fates
+    )
+    first = f'<b>{all_of_them} experts</b> of this model became <b>{count}</b>'
   parts = [
-      f'The experts of this model went from <b>{before.bits or 16:.3g} bits</b> to '
-      f'<b>{best.bits:.3f} bits</b> for each weight' if best.bits else 'This model was compressed',
+      first,
       f'the whole model from <b>{megabytes(before.stored_bytes)}</b> to '
       f'<b>{megabytes(best.stored_bytes)}</b>',
   ]
@@ -69,6 +85,34 @@ def bytes_caption(report: Report) -> str:
   return f'Only the experts are compressed; before, they are {share:.0%} of the file.'
 
 
+# Method -> what it keeps experts by.
+_WHY = {
+    'reap': 'the mean of gate times size of the output over its tokens (REAP)',
+    'ean': 'the summed size of its outputs', 'man': 'the mean size of its outputs',
+    'msan': 'the mean squared size of its outputs', 'frequency': 'how many tokens chose it',
+    'soft_frequency': 'the summed gates of its tokens',
+    'aimer': 'how unevenly large its weights are (AIMER)', 'random': 'chance',
+    'task_specific': 'its share of the tokens of the task',
+    'naee': 'how little the layer changes without the others (NAEE)',
+}
+
+
+def fate(found: Fate) -> str:
+  """One sentence on what happened to a layer's experts, and by what they were chosen."""
+  before = sum(map(len, found.groups)) + len(found.dropped)
+  left = len(found.groups)
+  if found.method:
+    why = _WHY.get(found.method, found.method)
+    return (
+        f'{left} of {before} experts stayed; the last ones, crossed out, went, and tokens choose '
+        f'among those that are left. An expert counted by {why}.'
+    )
+  return (
+      f'{before} experts became {left}. Those in one box were made one; the first was the most '
+      'used and gave the order of the hidden units, where they were aligned.'
+  )
+
+
 def explanation(report: Report) -> list[tuple[str, str]]:
   """(question, answer) pairs."""
   best, before = report.headline, report.before
@@ -80,12 +124,8 @@ def explanation(report: Report) -> list[tuple[str, str]]:
        'one. So the model can know much while each word costs little work. The price is memory: '
        'all experts must be kept, whether a word needs them or not.'),
       *((_ternary(),) if any(v.bits and v.bits < 1.6 for v in report.compressed) else ()),
-      ('Why not just round?',
-       'Rounding each number to the nearest one allowed ruins the model, because the errors add '
-       'up. The QMoE method (Frantar and Alistarh, 2023) looks at real text instead: it rounds one '
-       'column of numbers, sees what error that makes on the text, and corrects the columns not '
-       'yet rounded. “Refit” then moves the two values of every row to where they fit best; that '
-       'costs no storage at all. The “searched grid” also tries wider and narrower values first.'),
+      *((_rounding(),) if any(fewer_bits(report, v) for v in report.compressed) else ()),
+      *((_fewer(),) if report.fates else ()),
   ]
   if before.loss is not None:
     answers.append((
@@ -119,6 +159,26 @@ def _ternary() -> tuple[str, str]:
       'Every number in an expert was replaced by one of three: zero, or one of two values shared '
       'by its row (“ternary”). Most become zero, and runs of zeros pack tightly: about one bit for '
       'each number, or less, where the original takes sixteen.',
+  )
+
+
+def _rounding() -> tuple[str, str]:
+  return (
+      'Why not just round?',
+      'Rounding each number to the nearest one allowed ruins the model, because the errors add '
+      'up. The QMoE method (Frantar and Alistarh, 2023) looks at real text instead: it rounds one '
+      'column of numbers, sees what error that makes on the text, and corrects the columns not '
+      'yet rounded. “Refit” then moves the two values of every row to where they fit best; that '
+      'costs no storage at all. The “searched grid” also tries wider and narrower values first.',
+  )
+
+
+def _fewer() -> tuple[str, str]:
+  return (
+      'Where did the experts go?',
+      'Experts that do alike work can be made one, or the least needed left out. A token still '
+      'meets as many experts as before, so the work stays and the memory shrinks. What is lost '
+      'this way can in part be trained back, held to the model before.',
   )
 
 

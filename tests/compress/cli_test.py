@@ -68,6 +68,7 @@ def test_prune_and_merge_text(folder):
   assert Model.load(folder / 'pruned').config.moe.num_experts == 2
   sizes = json.loads(done.stdout)
   assert sizes['after']['expert_bytes'] == sizes['before']['expert_bytes'] / 2
+  assert '2 of 4 experts stayed' in Path(sizes['page']).read_text()
   measured = (folder / 'statistics.npz').read_bytes()
   done = run(
       '--config', 'configs/merge.py', *common, '--out', folder / 'merged', '--set', 'experts=3',

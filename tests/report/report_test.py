@@ -98,7 +98,7 @@ def test_a_single_compression_by_the_contract_alone():
   assert parsed.headline.seconds == 90
   page = report.render(parsed)
   checker = check(page)
-  assert 'routing was not measured' in page and checker.pictures == 4
+  assert 'find their experts' not in page and checker.pictures == 3
 
 
 def test_layers_are_means_over_experts():
@@ -163,3 +163,42 @@ def test_byte_parts_account_for_every_byte():
   assert sum(charts.byte_parts(sizes).values()) == sizes['stored_bytes']
   bare = {'stored_bytes': 100, 'expert_bytes': 60}
   assert charts.byte_parts(bare) == {'experts': 60.0, 'other': 40.0}
+
+
+def fewer_experts(rows):
+  sizes = {'stored_bytes': 200, 'expert_bytes': 100, 'expert_bits_per_weight': 16.0}
+  return report.parse({
+      'source': 'm', 'steps': [{'transform': 'x'}], 'before': {**sizes, 'expert_bytes': 150},
+      'after': sizes, 'layers': rows,
+  })
+
+
+def test_who_was_merged_and_who_went():
+  parsed = fewer_experts([
+      {'path': 'a/experts', 'transform': 'merge', 'expert': 0, 'members': [0, 2, 3], 'dominant': 2,
+       'usage': 0.75, 'relative_output_error': 0.5, 'bits_per_weight': 16.0},
+      {'path': 'a/experts', 'transform': 'merge', 'expert': 1, 'members': [1], 'dominant': 1,
+       'usage': 0.25, 'relative_output_error': None, 'bits_per_weight': 16.0},
+      {'path': 'b/experts', 'transform': 'prune', 'method': 'reap', 'kept': [0, 3],
+       'dropped': [1, 2], 'scores': [4.0, 0.5, 0.25, 3.0], 'bits_per_weight': 16.0},
+  ])
+  merged, pruned = parsed.fates
+  assert merged.groups == ((2, 0, 3), (1,))
+  assert merged.notes == ('75.0% of the tokens, output off by 50%', '25.0% of the tokens')
+  assert (pruned.groups, pruned.dropped) == (((0,), (3,)), (1, 2))
+  assert pruned.notes == ('score 4', 'score 3')
+  page = report.render(parsed)
+  text = ' '.join(check(page).text)
+  assert '8 experts of this model became 4' in re.sub(r'\s+', ' ', re.sub('<[^>]+>', '', page))
+  assert '4 experts became 2' in text and '2 of 4 experts stayed' in text and '(REAP)' in text
+  assert 'Smaller against worse' not in text and 'find their experts' not in text
+  assert fewer_experts([{'path': 'a', 'bits_per_weight': 1.0}]).fates == ()
+
+
+def test_every_method_of_pruning_says_why():
+  from moejax.compress import prune
+  from moejax.report import words
+
+  for method in prune.METHODS:
+    one = data.Fate(path='a', transform='prune', method=method, groups=((0,),), notes=('',))
+    assert words.fate(one).split('counted by ')[1] != f'{method}.'

@@ -220,6 +220,10 @@ def test_published_settings(teacher, tmp_path, monkeypatch):
   trained, _ = optim.split_trained(run.optim, model.params)
   assert not any('/router/' in path for path in tree.flatten(trained))
   assert run.model.moe.router_aux_loss_coef == run.model.moe.router_z_loss_coef == 0
+  run = flags.load_config(f'configs/recover.py:lora@{tmp_path / "model"}', [])
+  trained, _ = optim.split_trained(run.optim, state_lib.abstract_params(run))
+  names = {path.rpartition('/')[2] for path in tree.flatten(trained) if '/router/' not in path}
+  assert names == {'left', 'right'}
 
 
 def test_a_teacher_of_other_words(teacher, tmp_path):
