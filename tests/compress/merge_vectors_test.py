@@ -384,6 +384,7 @@ def test_experts_with_biases():
 STEPS = {
     'freq_aligned': {}, 'freq_noalign': {'alignment': 'none'},
     'average_aligned': {'operator': 'uniform'}, 'prune_replace': {'operator': 'dominant'},
+    'prune_drop': {'operator': 'dominant', 'alignment': 'none', 'router': 'slice'},
     'zip_weight_freq': {'operator': 'zipit-weights'},
     'merge_noncore_only': {'dominant_alone': 'group'},
     'merge_all_noncore_to_one': {'dominant_alone': 'all'},
