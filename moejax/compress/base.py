@@ -44,6 +44,10 @@ class LayerContext(Protocol):
     """
     ...
 
+  def logits(self) -> np.ndarray:
+    """Router logits of all calibration tokens, [m, e], for a transform that `sees_logits`."""
+    ...
+
   def group(self, experts: Sequence[int], make: Callable[[], Group]) -> Group:
     """`make()`, kept on disk; a run that was killed gets it from there."""
     ...

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax import config as config_lib
-from moejax.compress import fewer, parts, stats, stats_core
+from moejax.compress import fewer, merge, parts, stats, stats_core
 from moejax.errors import UserError, did_you_mean
 from moejax.ops import ffn
 
@@ -208,6 +208,8 @@ def compress(
     names = ', '.join(dict.fromkeys(leaf.layer for leaf in leaves))
     raise UserError(f'layers = {step.layers!r} matches none of the layers {names}')
   step = dataclasses.replace(step, layers='.*')
+  if isinstance(step, merge.Merge):
+    step = dataclasses.replace(step, sequential=False)
   capture = Capture(leaves)
   seen: dict[str, int] = {}
   capture.see = lambda layer, routed: seen.update({layer: routed.choice.shape[1]})

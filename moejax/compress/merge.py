@@ -40,6 +40,8 @@ SIMILARITIES: dict[str, tuple[str, ...]] = {
 }
 # These compare experts on the layer's inputs, behind the layers that are merged already.
 ON_INPUTS = ('mse', 'feature-correlation.lsa', 'feature-correlation.max')
+# These can be measured again behind the layers that are merged already.
+SEQUENTIAL = ('ream', 'output', 'router-logits')
 GROUPINGS: dict[str, tuple[str, ...]] = {
     'msmoe': (), 'spectral': (), 'agglomerative': ('all_outputs',), 'anchored': ('outputs',),
     'random': (),
@@ -66,6 +68,7 @@ class Merge(fewer.Fewer):
   include_wo: bool
   operator: str
   router: str
+  sequential: bool
   ridge: float
   gradients: str
   compat: str
@@ -93,6 +96,14 @@ class Merge(fewer.Fewer):
       )
     if self.ridge <= 0:
       raise UserError(f'ridge = {self.ridge}: above 0')
+    if self.sequential and (
+        self.grouping not in ('anchored', 'msmoe') or self.similarity not in SEQUENTIAL
+        or self.dominant_alone or self.compat
+    ):
+      raise UserError(
+          "sequential = True is for grouping 'anchored' or 'msmoe' by similarity "
+          f'{SEQUENTIAL}, without dominant_alone and compat'
+      )
 
   @property
   def _on_inputs(self) -> bool:
@@ -107,7 +118,12 @@ class Merge(fewer.Fewer):
     return True if self._maps else super().takes(path)
 
   def calibration(self) -> base.Calibration:
-    return base.Calibration(mask_special=False)
+    cap = 0.0 if self.sequential else base.Calibration().token_cap_factor
+    return base.Calibration(mask_special=False, token_cap_factor=cap)
+
+  @property
+  def sees_logits(self) -> bool:
+    return self.sequential
 
   def statistics(self) -> tuple[str, ...]:
     wanted = {'routing', *GROUPINGS[self.grouping], *OPERATORS[self.operator]}
@@ -120,7 +136,7 @@ class Merge(fewer.Fewer):
   ) -> Mapping[str, Any]:
     """{path: {'count', 'usage', 'saliency', 'labels', 'dominant'}} of the layers to merge.
 
-    The labels of similarities that look at inputs come in the layer step instead.
+    Labels come in the layer step instead where that is sequential or compares experts on inputs.
     """
     fewer.check_router(config, self.name, by_number=self.router == 'remap')
     assert statistics is not None
@@ -133,7 +149,7 @@ class Merge(fewer.Fewer):
       own: dict[str, Any] = {'count': count, 'usage': usage[path].tolist()}
       if self.operator == 'reap' or self.grouping == 'anchored':
         own['saliency'] = prune_core.score('reap', sums[path]).tolist()
-      if not self._on_inputs:
+      if not self._on_inputs and not self.sequential:
         similarity = functools.partial(self._similarity, path, source, sums[path], place)
         groups = self._group_experts(own, count, similarity, sums[path], place)
         labels = groups.labels
@@ -236,7 +252,7 @@ class Merge(fewer.Fewer):
         leaves = {'expert_map': np.arange(context.num_experts, dtype=np.int32)}
         yield context.group((), lambda: fewer.group_of((), {}, [], leaves))
       return
-    labels, dominant = self._members(own, path, source, context)
+    own, labels, dominant = self._members(own, path, source, context)
     leaves = self._beside(path, source, context, labels, dominant)
     for start in range(0, own['count'], self.expert_group):
       ids = tuple(range(start, min(start + self.expert_group, own['count'])))
@@ -245,9 +261,17 @@ class Merge(fewer.Fewer):
       )
       yield context.group(ids, make)
 
-  def _members(self, own, path, source, context) -> tuple[np.ndarray, np.ndarray]:
+  def _members(self, own, path, source, context) -> tuple[Any, np.ndarray, np.ndarray]:
+    """(the layer's plan, labels, dominant experts), made here where the plan leaves it open."""
     if 'labels' in own:
-      return np.array(own['labels'], np.int32), np.array(own['dominant'], np.int32)
+      return own, np.array(own['labels'], np.int32), np.array(own['dominant'], np.int32)
+    if self.sequential:
+      sums = on_inputs.sums(functools.partial(fewer.read_experts, source, path), context)
+      own = {**own, 'usage': stats_core.usage(sums).tolist(),
+             'saliency': prune_core.score('reap', sums).tolist()}
+      similarity = functools.partial(self._similarity, path, source, sums, 0)
+      groups = self._group_experts(own, own['count'], similarity, sums, 0)
+      return own, groups.labels, groups.dominant
     experts = fewer.read_experts(source, path, range(context.num_experts))
     inputs = list(context.inputs(range(context.num_experts)))
     activation = context.config.activation
@@ -257,7 +281,7 @@ class Merge(fewer.Fewer):
       kind = self.similarity.rpartition('.')[2]
       similarity = lambda: similarity_core.feature_correlation(experts, inputs, activation, kind)
     groups = self._group_experts(own, own['count'], similarity, {}, 0)
-    return groups.labels, groups.dominant
+    return own, groups.labels, groups.dominant
 
   def _beside(self, path, source, context, labels, dominant) -> dict[str, np.ndarray]:
     if self._maps:
@@ -399,8 +423,8 @@ def merge(
     similarity: str = 'router-logits', grouping: str = 'msmoe', capacity: int | None = None,
     dominant_alone: str = '', alignment: str = 'weights', reference: str = 'dominant',
     include_wo: bool = True, operator: str = 'frequency', router: str = 'remap',
-    ridge: float = 1.0, gradients: str = '', compat: str = '', expert_group: int = 4,
-    seed: int = 0,
+    sequential: bool = False, ridge: float = 1.0, gradients: str = '', compat: str = '',
+    expert_group: int = 4, seed: int = 0,
 ) -> Merge:
   """Merges groups of experts into one each; M-SMoE (arXiv 2310.01334, 3.1) but for its quirks.
 
@@ -428,6 +452,8 @@ def merge(
     router: 'remap', its choices lead to the merged experts (published); 'sum', it chooses among
       the groups by summed probabilities; 'slice', it keeps the rows of the dominant experts;
       'reinit', a new one, to be trained (UNCURL).
+    sequential: usage, saliency and similarity of a layer are measured behind the layers merged
+      already (REAM), not on the model as it was; how many groups it gets is not.
     ridge: of 'least_squares', see `merge_core.solve_wo`.
     gradients: a file of `compress.gradients`, for 'fisher' and for similarities by gradients.
     compat: 'mcsmoe' for the published defects: experts taken by index in uniform grouping, 1e-7 in
@@ -443,8 +469,8 @@ def merge(
       at_most=at_most, layers=layers,
       similarity=similarity, grouping=grouping, capacity=capacity, dominant_alone=dominant_alone,
       alignment=alignment, reference=reference, include_wo=include_wo, operator=operator,
-      router=router, ridge=ridge, gradients=gradients, compat=compat, expert_group=expert_group,
-      seed=seed,
+      router=router, sequential=sequential, ridge=ridge, gradients=gradients, compat=compat,
+      expert_group=expert_group, seed=seed,
   )
 
 
@@ -470,8 +496,8 @@ def hc_smoe(experts: float | None = None, **changes) -> Merge:
 
 def ream(experts: float | None = None, **changes) -> Merge:
   """REAM (arXiv 2604.04356): REAP's best absorb their nearest by outputs and gates, weighed by
-  saliency; the router keeps their rows. The plan is made once, not again behind each layer."""
+  saliency, layer after layer; the router keeps their rows."""
   return merge(experts, **{
       'grouping': 'anchored', 'similarity': 'ream', 'budget': 'uniform', 'alignment': 'both',
-      'operator': 'reap', 'router': 'slice', 'capacity': 16, **changes
+      'operator': 'reap', 'router': 'slice', 'capacity': 16, 'sequential': True, **changes
   })

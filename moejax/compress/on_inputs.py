@@ -3,7 +3,7 @@
 Experts are a mapping of weights [e, ...]; inputs are [m_e, d], of each expert its own tokens.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import functools
 from typing import Any
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.compress import align_core, merge_core
+from moejax.compress import align_core, merge_core, stats_core
 from moejax.ops import ffn
 
 Experts = Mapping[str, Any]
@@ -66,6 +66,24 @@ def solve_wo(
   hidden = np.concatenate([align_core.hidden_units(merged, x, activation) for x in inputs])
   wanted = np.concatenate([_output(_one(experts, e), x, activation) for e, x in enumerate(inputs)])
   return merge_core.solve_wo(hidden, wanted, merged['wo'], ridge)
+
+
+def sums(read: Callable[[Sequence[int]], Experts], context: Any) -> stats_core.Sums:
+  """What `stats_core` sums of a layer to group its experts, behind the layers before as they are.
+
+  Args:
+    read: experts -> their weights. context: a `base.LayerContext` of a step that `sees_logits`.
+  """
+  experts, activation = range(context.num_experts), context.config.activation
+  total = {name: np.zeros(len(experts)) for name in ('tokens', 'gate_norm')}
+  means = []
+  for e, x, gate in zip(experts, context.inputs(experts), context.gates(experts)):
+    y = _output(_one(read([e]), 0), x, activation).astype(np.float64)
+    total['tokens'][e] = len(x)
+    total['gate_norm'][e] = (gate * np.linalg.norm(y, axis=1)).sum()
+    means.append(y.sum(0))
+  logits = context.logits().astype(np.float64)
+  return {**total, 'output': np.stack(means), 'gram': logits.T @ logits}
 
 
 def change(

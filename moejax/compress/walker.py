@@ -75,9 +75,15 @@ class Context:
     if self._calibration.mask_special:
       tokens = tokens[~self._special[: self._limit]]
     tokens = tokens[np.unique(np.linspace(0, len(tokens) - 1, count).astype(int))]
-    logits = self._acts.routing.logits
-    assert logits is not None, 'the transform says sees_logits'
-    return self._acts.expert_inputs(tokens), logits[tokens]
+    return self._acts.expert_inputs(tokens), self._all_logits()[tokens]
+
+  def logits(self) -> np.ndarray:
+    logits = self._all_logits()[: self._limit]
+    return logits[~self._special[: self._limit]] if self._calibration.mask_special else logits
+
+  def _all_logits(self) -> np.ndarray:
+    assert self._acts.routing.logits is not None, 'the transform says sees_logits'
+    return self._acts.routing.logits
 
   def group(self, experts, make) -> parts.Group:
     if self._work is None:

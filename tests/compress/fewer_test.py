@@ -19,6 +19,7 @@ from moejax.compress import (
   ream,
   skip_second,
   stats,
+  stats_core,
   uncurl,
 )
 from moejax.compress import merge as merge_lib
@@ -144,6 +145,33 @@ def test_every_way_of_merging(name):
     assert sorted(ids) == list(range(small.EXPERTS)), path
   rows = tree.flatten(model.params)['decoder/layers_0/ffn/router/kernel'].shape[1]
   assert rows == (small.EXPERTS if step.router in ('remap', 'sum') else held(model)[0])
+
+
+def test_sequential_plans_look_behind_the_merged_layers():
+  """The first layer is grouped as at once, the next as the model with that one merged has it."""
+  model, batches = small.model('mixtral'), small.batches('mixtral')
+  rows = lambda step, layer: [
+      row for row in compress(model, step, batches).report['layers']
+      if row['path'].startswith(f'decoder/layers_{layer}/')
+  ]
+  step = ream(3)
+  assert step.sequential
+  once = dataclasses.replace(step, sequential=False)
+  pick = lambda found: [(r['members'], r['dominant'], round(r['usage'], 9)) for r in found]
+  assert pick(rows(step, 0)) == pick(rows(once, 0))
+  half = compress(
+      model, dataclasses.replace(once, layers='decoder/layers_0/.*'), batches
+  ).model
+  usage = stats_core.usage(
+      stats.measure(half, batches, ('routing',)).of('decoder/layers_1/ffn')
+  )
+  sequential = rows(step, 1)
+  for row in sequential:
+    assert row['usage'] == pytest.approx(usage[row['members']].sum(), abs=1e-6)
+  planned = stats_core.usage(
+      stats.measure(model, batches, ('routing',)).of('decoder/layers_1/ffn')
+  )
+  assert not np.allclose(planned, usage)
 
 
 def test_global_budgets_meet_their_average():
@@ -326,6 +354,7 @@ def test_killed_and_run_again_it_writes_the_same_files(step, after, tmp_path, mo
     (lambda: moejax.prune('reap', experts=3, layers='encoder/.*'), 'takes no sparse layer'),
     (lambda: moejax.prune('reap', experts=3, layers='('), 'no regular expression'),
     (lambda: moejax.merge(3, operator='fisher'), 'gradients must name the file'),
+    (lambda: moejax.merge(3, sequential=True, similarity='weight'), 'sequential = True is for'),
 ))
 def test_bad_settings_end_in_one_line(make, message):
   with pytest.raises(UserError, match=message) as error:
