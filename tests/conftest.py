@@ -64,6 +64,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
   config.addinivalue_line('markers', 'torch: needs torch and transformers')
+  config.addinivalue_line(
+      'markers', 'once: long, and no version of JAX changes what it shows: on one Python is enough'
+  )
 
 
 # Files that take longest go first, so that no worker is left alone with one at the end.

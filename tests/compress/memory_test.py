@@ -7,10 +7,13 @@ import sys
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from moejax import store, tree
 from moejax.config import EncDecConfig, EncDecMoeConfig
 from moejax.model import abstract_params
+
+pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).parents[2]
 # glibc gives freed blocks back at once, so that resident bytes are those in use.

@@ -15,6 +15,8 @@ from experiments.bench import experts_jax, gptq_jax, gptq_problem, suites, table
 from moejax import errors
 from moejax.compress import gptq_core
 
+pytestmark = pytest.mark.once
+
 
 def bench(*flags: str) -> subprocess.CompletedProcess:
   return subprocess.run(

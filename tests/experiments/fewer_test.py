@@ -7,11 +7,14 @@ import subprocess
 import sys
 
 import jax
+import pytest
 
 from experiments.fewer import labelled, page
 from moejax.config import EncDecConfig, EncDecMoeConfig
 from moejax.data import tokenizer as tokenizer_lib
 from moejax.model import Model
+
+pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).parents[2]
 TEXT = 'The state of the union is strong, and the people of this nation are its strength. ' * 200

@@ -5,6 +5,9 @@ import pathlib
 
 import nbclient
 import nbformat
+import pytest
+
+pytestmark = pytest.mark.once
 
 _SPEC = importlib.util.spec_from_file_location(
     'demo_common', pathlib.Path(__file__).with_name('demo_common.py')

@@ -16,6 +16,8 @@ from experiments import flags
 from experiments.pods import __main__ as command
 from experiments.pods import flops, hlo, plans, table
 
+pytestmark = pytest.mark.once
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 

@@ -9,6 +9,8 @@ from experiments.study import __main__ as command
 from experiments.study import page, records, texts
 from moejax import errors
 
+pytestmark = pytest.mark.once
+
 
 def lines(loss, speed, experts):
   rows = [
