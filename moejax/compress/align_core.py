@@ -77,7 +77,11 @@ def _hidden_units(expert, x_md, activation):
 def match(profit_ff: jax.typing.ArrayLike) -> np.ndarray:
   """The order that maximises the sum of profit[a, order[a]], int32 [f]: for unit a of the
   reference, the expert's unit that goes in its place (SciPy's assignment solver)."""
-  return optimize.linear_sum_assignment(np.asarray(profit_ff), maximize=True)[1].astype(np.int32)
+  profit = np.asarray(profit_ff, np.float64)
+  # The same optimum, a fifth sooner: what each unit lacks to the best of its row and column.
+  cost = profit.max(1, keepdims=True) - profit
+  cost -= cost.min(0)[None]
+  return optimize.linear_sum_assignment(cost)[1].astype(np.int32)
 
 
 def permute(expert: Mapping[str, Any], order_f: jax.typing.ArrayLike) -> dict[str, Any]:
