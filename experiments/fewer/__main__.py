@@ -80,13 +80,17 @@ def main() -> None:
       'machine': suites.machine(), 'jax': jax.__version__, 'model': str(folder),
       'samples': _SAMPLES.value, 'how': how, 'before': {}, 'runs': {},
   }
-  if result['how'] != how:
-    raise errors.UserError(f'{out} holds runs with other settings, {result["how"]}: see --out')
+  held = result['how']
+  if held['task'] != how['task'] or (held['steps'] and how['steps'] and held != how):
+    raise errors.UserError(f'{out} holds runs with other settings, {held}: see --out')
+  if how['steps']:
+    result['how'] = how
   keys = [(m, int(n), int(s)) for s in _SEEDS.value for n in _COUNTS.value
           for m in _METHODS.value]
-  left = [key for key in keys if '{}/{}/{}'.format(*key) not in result['runs']]
+  wanted = 'recovered' if how['steps'] else 'loss'
+  left = [key for key in keys if wanted not in result['runs'].get('{}/{}/{}'.format(*key), {})]
   if left:
-    go_on(folder, left, result, out)
+    go_on(folder, left, result, out, how)
   if not result['runs']:
     raise errors.UserError('nothing to show: give at least one method, count and seed')
   images = []
@@ -118,12 +122,11 @@ def batch_of(problem: problems.Problem, start: int, i: int) -> dict[str, Any]:
 
 def go_on(
     folder: pathlib.Path, left: list[tuple[str, int, int]], result: dict[str, Any],
-    out: pathlib.Path,
+    out: pathlib.Path, how: dict[str, Any],
 ) -> None:
   """Does the runs that are left, and writes each as it is done."""
   problem = problem_of(folder, result['before'])
   held: dict[int, tuple[list[dict[str, Any]], stats.Statistics]] = {}
-  how = result['how']
   trainer = None
   if how['steps'] or how['task']:
     trainer = training.Training(

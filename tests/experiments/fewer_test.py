@@ -44,7 +44,7 @@ def test_two_methods(tmp_path):
   done_before = {'loss': 9.25, 'expert_bytes': 1, 'stored_bytes': 2, 'seconds': 3, 'layers': []}
   (tmp_path / 'fewer.json').write_text(json.dumps({
       'machine': {'cpu': 'some', 'cores': 2}, 'jax': '0', 'model': 'm', 'samples': 2,
-      'how': {'steps': 0, 'size': 8, 'learning_rate': 1e-4, 'task': ''}, 'before': {},
+      'how': {'steps': 2, 'size': 8, 'learning_rate': 1e-4, 'task': ''}, 'before': {},
       'runs': {'prune reap/2/0': done_before},
   }))
   (tmp_path / 'page.md').write_text(page.MARKER + '\nby hand\n')
