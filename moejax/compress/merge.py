@@ -235,7 +235,8 @@ class Merge(fewer.Fewer):
         return {n: a * scale for n, a in w.items() if n in ('wi', 'gate')}
       return w
 
-    return similarity_core.from_gram(gram_in_blocks(vectors, experts, self.expert_group))
+    gram = similarity_core.gram_in_blocks(vectors, experts, self.expert_group)
+    return similarity_core.from_gram(gram)
 
   def reconfigure(self, config: ModelConfig, plan: Mapping[str, Any]) -> ModelConfig:
     return fewer.leave(
@@ -393,23 +394,6 @@ class Merge(fewer.Fewer):
 def hash_seed(seed: int, place: int) -> int:
   """A seed of its own for each layer."""
   return int(np.random.SeedSequence((seed, place)).generate_state(1)[0])
-
-
-def gram_in_blocks(vectors: Any, experts: int, block: int) -> np.ndarray:
-  """Inner products of experts' weights, [e, e], float64; `vectors(ids)` gives those of some."""
-  out = np.zeros((experts, experts))
-  blocks = [range(i, min(i + block, experts)) for i in range(0, experts, block)]
-  for i, rows in enumerate(blocks):
-    left = vectors(rows)
-    for columns in blocks[i:]:
-      right = left if columns is rows else vectors(columns)
-      both = sum(
-          np.asarray(similarity_core.products(left[name], right[name]), np.float64)
-          for name in left
-      )
-      out[rows.start : rows.stop, columns.start : columns.stop] = both
-      out[columns.start : columns.stop, rows.start : rows.stop] = np.asarray(both).T
-  return out
 
 
 def _tokens(sums: Mapping[str, np.ndarray]) -> float:

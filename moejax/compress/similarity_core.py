@@ -139,3 +139,20 @@ def _pairs(experts: int, score) -> np.ndarray:
 
 def _ones_on_diagonal(s_ee: jax.Array) -> jax.Array:
   return jnp.where(jnp.eye(len(s_ee), dtype=bool), 1.0, s_ee)
+
+
+def gram_in_blocks(vectors: Any, experts: int, block: int) -> np.ndarray:
+  """Inner products of experts' weights, [e, e], float64; `vectors(ids)` gives those of some."""
+  out = np.zeros((experts, experts))
+  blocks = [range(i, min(i + block, experts)) for i in range(0, experts, block)]
+  for i, rows in enumerate(blocks):
+    left = vectors(rows)
+    for columns in blocks[i:]:
+      right = left if columns is rows else vectors(columns)
+      both = sum(
+          np.asarray(products(left[name], right[name]), np.float64)
+          for name in left
+      )
+      out[rows.start : rows.stop, columns.start : columns.stop] = both
+      out[columns.start : columns.stop, rows.start : rows.stop] = np.asarray(both).T
+  return out
