@@ -7,7 +7,7 @@ import statistics
 from typing import Any
 
 from moejax import files
-from moejax.compress import hc_smoe, ream
+from moejax.compress import hc_smoe, ream, uncurl
 from moejax.compress.merge import merge
 from moejax.compress.prune import prune
 
@@ -23,6 +23,8 @@ METHODS: dict[str, Callable[[int, int], Any]] = {
     'prune reap': lambda n, s: prune('reap', experts=n),
     'prune ean': lambda n, s: prune('ean', experts=n),
     'prune frequency': lambda n, s: prune('frequency', experts=n),
+    'prune soft_frequency': lambda n, s: prune('soft_frequency', experts=n),
+    'prune naee': lambda n, s: prune('naee', experts=n),
     'prune aimer': lambda n, s: prune('aimer', experts=n),
     'merge random': lambda n, s: merge(n, budget='uniform', grouping='random', seed=s),
     'merge msmoe': lambda n, s: merge(n),
@@ -30,6 +32,8 @@ METHODS: dict[str, Callable[[int, int], Any]] = {
     'merge msmoe not aligned': lambda n, s: merge(n, alignment='none'),
     'merge hc_smoe': lambda n, s: hc_smoe(n),
     'merge ream': lambda n, s: ream(n),
+    'merge zipit': lambda n, s: merge(n, budget='uniform', operator='zipit'),
+    'merge uncurl': lambda n, s: uncurl(n, seed=s),
     'merge mergemoe': lambda n, s: merge(n, operator='least_squares'),
 }
 

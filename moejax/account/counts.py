@@ -5,6 +5,7 @@ import functools
 import math
 from typing import Any, Protocol
 
+import jax
 import numpy as np
 
 from moejax import model, tree, weights
@@ -33,6 +34,12 @@ def stored_bits(leaf: Any) -> int:
   if isinstance(leaf, weights.WeightNode):
     return leaf.bits()
   return math.prod(leaf.shape) * np.dtype(leaf.dtype).itemsize * 8
+
+
+def resident_bytes(params: Mapping[str, Any]) -> int:
+  """Bytes of all arrays as they lie in memory, a node's with their padding."""
+  arrays = jax.tree.leaves(params)
+  return sum(math.prod(a.shape) * np.dtype(a.dtype).itemsize for a in arrays)
 
 
 def part_of(path: str) -> str:
@@ -174,7 +181,11 @@ def flops_per_token(
 def summary(
     params: Mapping[str, Any], config: ModelConfig, *, source: int = 512, target: int = 114
 ) -> dict[str, Any]:
-  """The model's account as a report has it: bytes, parameters, active parameters, FLOPs a token."""
+  """The model's account as a report has it: bytes, parameters, active parameters, FLOPs a token.
+
+  Non-zeros are not in it (`nonzeros` reads the weights); what a step's work takes is its report's
+  peak_host_bytes.
+  """
   flat = tree.flatten(params)
   expert = {path: leaf for path, leaf in flat.items() if part_of(path) == 'experts'}
   expert_bits = sum(stored_bits(leaf) for leaf in expert.values())
@@ -182,6 +193,7 @@ def summary(
   parts = bytes_by_part(params)
   return {
       'stored_bytes': sum(parts.values()),
+      'resident_bytes': resident_bytes(params),
       'expert_bytes': parts.get('experts', 0),
       'bytes_by_part': parts,
       'parameters': parameters(params),

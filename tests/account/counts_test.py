@@ -58,6 +58,9 @@ def test_summary_and_layers_count_compressed_nodes(params):
   node = ternary_node((4, 16, 32), 0.885)
   packed = tree.replace(params, path, node)
   before, after = account.summary(params, CONFIG), account.summary(packed, CONFIG)
+  assert before['resident_bytes'] == before['stored_bytes']
+  own = sum(a.nbytes for a in node.to_arrays().values())
+  assert after['resident_bytes'] == before['resident_bytes'] - 2 * 4 * 16 * 32 + own
   assert after['expert_bytes'] == before['expert_bytes'] - 2 * node.size + -(-node.bits() // 8)
   for same in ('parameters', 'active_parameters_per_token', 'flops_per_token'):
     assert after[same] == before[same]
