@@ -46,6 +46,18 @@ def to_json(config: Any) -> Any:
   return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+def chosen(config: Any) -> dict[str, Any]:
+  """The fields of a config that are not at their defaults, as JSON values, in those within too."""
+  found: dict[str, Any] = {}
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if dataclasses.is_dataclass(value):
+      found[field.name] = chosen(value)
+    elif value != field.default:
+      found[field.name] = json.loads(json.dumps(value))
+  return found
+
+
 def from_json(cls: type[T], values: Mapping[str, Any], where: str = '') -> T:
   """Builds a config from JSON values; an unknown or ill-typed field raises UserError.
 

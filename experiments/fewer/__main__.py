@@ -76,11 +76,18 @@ def main() -> None:
       'steps': _RECOVER.value, 'size': _BATCH.value, 'learning_rate': _RATE.value,
       'task': _TASK.value and pathlib.Path(_TASK.value).name,
   }
+  about = {
+      'model': str(folder), 'samples': _SAMPLES.value, 'tests': _TESTS.value,
+      'calibration': list(_TRAIN.value), 'test': list(_TEST.value),
+  }
   result: dict[str, Any] = files.read_json(out) if out.exists() else {
-      'machine': suites.machine(), 'jax': jax.__version__, 'model': str(folder),
-      'samples': _SAMPLES.value, 'how': how, 'before': {}, 'runs': {},
+      'machine': suites.machine(), 'jax': jax.__version__, **about, 'how': how, 'before': {},
+      'runs': {},
   }
   held = result['how']
+  for name, value in about.items():
+    if result[name] != value:
+      raise errors.UserError(f'{out} holds runs with {name} = {result[name]!r}: see --out')
   if held['task'] != how['task'] or (held['steps'] and how['steps'] and held != how):
     raise errors.UserError(f'{out} holds runs with other settings, {held}: see --out')
   if how['steps']:
@@ -134,7 +141,7 @@ def go_on(
     )
   for method, count, seed in tqdm.tqdm(left, disable=None):
     if seed not in held:
-      calibration = problem.calibration(_SAMPLES.value, seed, len(_SEEDS.value))
+      calibration = problem.calibration(_SAMPLES.value, seed)
       held = {seed: (calibration, stats.measure(
           problem.folder, calibration, ('routing', 'outputs', 'all_outputs'),
           sentinel=problem.sentinel,

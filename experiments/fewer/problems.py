@@ -20,21 +20,21 @@ TASK_LENGTH = 128
 class Problem:
   """A model and its samples.
 
-  folder: of the model. calibration: (how many, part, of parts) -> that many samples, other ones for
-  each part. validation: batches of one sample. batches: i -> a training batch.
+  folder: of the model. calibration: (how many, seed) -> that many samples. validation: batches of
+  one sample. batches: i -> a training batch.
   """
 
   folder: pathlib.Path
-  calibration: Callable[[int, int, int], list[dict[str, Any]]]
+  calibration: Callable[[int, int], list[dict[str, Any]]]
   validation: Sequence[dict[str, Any]]
   batches: Callable[[int], dict[str, Any]]
   sentinel: int
 
 
-def spread(total: int, count: int, part: int, parts: int) -> list[int]:
-  """`count` places spread over `total`, other ones for each part."""
-  count = min(count, total // max(parts, 1))
-  return [(i * total // count + part * total // (count * parts)) % total for i in range(count)]
+def drawn(total: int, count: int, seed: int) -> list[int]:
+  """`count` of `total` places in order, drawn by a seed."""
+  chosen = np.random.default_rng(seed).choice(total, min(count, total), replace=False)
+  return sorted(chosen.tolist())
 
 
 def of_texts(
@@ -56,8 +56,8 @@ def of_texts(
   return Problem(
       folder=folder, batches=batches.batch, sentinel=tokenizer.first_sentinel,
       validation=list(evaluate.spread(fixed(test, '--test'), tests)),
-      calibration=lambda count, part, parts: [
-          own.batch(i) for i in spread(own.num_batches, count, part, parts)
+      calibration=lambda count, seed: [
+          own.batch(i) for i in drawn(own.num_batches, count, seed)
       ],
   )
 
@@ -81,8 +81,6 @@ def of_labels(
       tune(folder, lambda i: (bar.update(), batches(i))[1], test, tuned)
   problem = Problem(
       folder=tuned, batches=batches, sentinel=tokenizer.first_sentinel, validation=test,
-      calibration=lambda count, part, parts: [
-          train[i] for i in spread(len(train), count, part, parts)
-      ],
+      calibration=lambda count, seed: [train[i] for i in drawn(len(train), count, seed)],
   )
   return problem, tune(tuned, batches, test, train=False)

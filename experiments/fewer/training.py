@@ -48,7 +48,7 @@ class Training:
     return dataclasses.replace(
         own, init_from='', mesh=config.MeshConfig(data=1),
         distill=dataclasses.replace(own.distill, teacher='given' if self._teacher else ''),
-        train=dataclasses.replace(own.train, steps=self.steps, batch_size=self.size),
+        train=dataclasses.replace(own.train, steps=max(self.steps, 1), batch_size=self.size),
         optim=dataclasses.replace(
             own.optim, warmup_steps=min(16, self.steps // 4), learning_rate=self._rate
         ),

@@ -113,11 +113,14 @@ class Source:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Routed:
-  """What one call of `capture` said: x [m, d], choice [m, k] (-1: none), gate [m, k], logits."""
+  """What one call of `capture` said of real tokens.
+
+  x [m, d], choice [m, k] (-1: none), gate [m, k], logits [m, e].
+  """
 
   x: np.ndarray
   choice: np.ndarray
-  gate: np.ndarray
+  gate: np.ndarray | None
   logits: np.ndarray | None
 
   @property
@@ -146,23 +149,28 @@ class Capture:
       return
     if isinstance(x_md, jax.core.Tracer):
       raise UserError(f'capture({path!r}) was called under jit: call apply_fn without jax.jit')
-    x = np.asarray(x_md, np.float32).reshape(-1, np.shape(x_md)[-1])
     experts, inputs = leaf.ours().shape[:2]
-    if x.shape[1] != inputs or expert_mk is None:
+    if np.shape(x_md)[-1:] != (inputs,) or expert_mk is None:
       raise UserError(
           f'capture({path!r}): inputs {np.shape(x_md)} and their experts are needed, the leaf '
           f'takes {inputs}'
       )
+    x = np.asarray(x_md, np.float32).reshape(-1, inputs)
+    if not len(x):
+      return
     choice = np.asarray(expert_mk).reshape(len(x), -1)
     if choice.size and (choice.min() < -1 or choice.max() >= experts):
       raise UserError(f'capture({path!r}): expert {choice.max()} of {experts}; -1 means none')
-    if mask_m is not None:
-      choice = np.where(np.asarray(mask_m, bool).reshape(-1, 1), choice, -1)
-    gate = np.ones(choice.shape, np.float32) if gate_mk is None else (
-        np.asarray(gate_mk, np.float32).reshape(choice.shape)
-    )
-    logits = None if logits_me is None else np.asarray(logits_me, np.float32).reshape(len(x), -1)
-    self.see(leaf.layer, Routed(x=x, choice=choice, gate=gate, logits=logits))
+    if logits_me is not None and np.shape(logits_me)[-1:] != (experts,):
+      raise UserError(
+          f'capture({path!r}): logits_me has shape {np.shape(logits_me)}, the layer has {experts} '
+          'experts'
+      )
+    real = np.ones(len(x), bool) if mask_m is None else np.asarray(mask_m, bool).reshape(-1)
+    own = lambda a: None if a is None else np.asarray(a, np.float32).reshape(len(x), -1)[real]
+    self.see(leaf.layer, Routed(
+        x=x[real], choice=choice[real], gate=own(gate_mk), logits=own(logits_me)
+    ))
 
   def dense(self, path: str, x_ecd: Any, mask_ec: Any = None) -> None:
     """Tokens dispatched by expert say nothing of who chose what."""
@@ -207,6 +215,13 @@ def compress(
   if not chosen:
     names = ', '.join(dict.fromkeys(leaf.layer for leaf in leaves))
     raise UserError(f'layers = {step.layers!r} matches none of the layers {names}')
+  for layer in dict.fromkeys(leaf.layer for leaf in chosen):
+    roles = {leaf.role for leaf in chosen if leaf.layer == layer}
+    if getattr(step, 'router', '') not in ('remap', 'sum') and 'router/kernel' not in roles:
+      raise UserError(
+          f"{layer!r} has no leaf of role 'router/kernel', whose columns go with the experts: give "
+          'it a rule'
+      )
   step = dataclasses.replace(step, layers='.*')
   if isinstance(step, merge.Merge):
     step = dataclasses.replace(step, sequential=False)
@@ -265,35 +280,40 @@ def _statistics(source, kinds, run, capture) -> stats.Statistics | None:
     return None
   totals: dict[str, stats_core.Sums] = {}
   held = fewer.experts_held(source.config)
-  weights = {path: _experts(source, path) for path in source.names.values()}
+  looks = any(kind != 'routing' for kind in kinds)
 
   def see(layer: str, routed: Routed) -> None:
     path = source.names.get(layer)
     if path is None:
       return
-    if 'routing' in kinds and routed.logits is None:
+    if routed.logits is None:
       routed = dataclasses.replace(routed, logits=np.zeros((len(routed.x), held[path])))
-      blind.add(path)
+      missing[path] |= {'gram', 'probability'}
+    gate = routed.gate
+    if gate is None:
+      gate = np.ones(routed.choice.shape, np.float32)
+      routed = dataclasses.replace(routed, gate=gate)
+      missing[path] |= {'gate', 'gate_norm', 'gate_ratio'}
     observer = stats.Observer(kinds, source)
     acts: Any = _Acts(routed=routed, activation=source.config.activation)
     observer.layer(path, acts, held[path])
-    for expert in range(held[path]):
+    for expert in range(held[path]) if looks else ():
       rows, place = np.nonzero(routed.choice == expert)
-      own = weights[path][expert]
+      own = _expert(source, path, expert)
       for start in range(0, len(rows), _ROWS):
         piece = slice(start, start + _ROWS)
         x = routed.x[rows[piece]]
         y = _outputs(own, _padded(x), source.config.activation)[: len(x)]
-        observer.expert(path, expert, own, x, y, routed.gate[rows[piece], place[piece]])
+        observer.expert(path, expert, own, x, y, gate[rows[piece], place[piece]])
       observer.all_tokens(path, expert, own, acts)
     totals[path] = stats_core.add(totals.get(path, {}), observer.layers[path])
 
-  blind: set[str] = set()
+  missing: dict[str, set[str]] = {path: set() for path in held}
   capture.see = see
   run(capture)
-  for path in blind:
-    for name in ('gram', 'probability'):
-      totals[path].pop(name)
+  for path, names in missing.items():
+    for name in names:
+      totals[path].pop(name, None)
   return stats.Statistics(
       layers={path: _Sums(sums) for path, sums in totals.items()}, kinds=tuple(kinds), tokens={},
       model='',
@@ -304,9 +324,9 @@ class _Sums(dict):
   """Sums of a layer that say what is missing."""
 
   def __missing__(self, name: str) -> Any:
+    given = {'gram': 'logits_me', 'probability': 'logits_me'}.get(name, 'gate_mk')
     raise UserError(
-        f'{name!r} needs the router\'s logits: call capture(path, x_md, expert_mk, logits_me=...)'
-        if name in ('gram', 'probability') else f'{name!r} was not measured'
+        f'{name!r} needs what the router says: call capture(path, x_md, expert_mk, {given}=...)'
     )
 
 
@@ -326,10 +346,9 @@ class _Acts:
     return total
 
 
-def _experts(source: Source, path: str) -> list[dict[str, np.ndarray]]:
-  names = fewer.expert_names(source, path)
-  leaves = {name: np.asarray(source.read(f'{path}/experts/{name}'), np.float32) for name in names}
-  return [{name: w[e] for name, w in leaves.items()} for e in range(len(leaves['wi']))]
+def _expert(source: Source, path: str, expert: int) -> dict[str, np.ndarray]:
+  own = fewer.read_experts(source, path, [expert])
+  return {name: w[0].astype(np.float32) for name, w in own.items()}
 
 
 def _padded(x_md: np.ndarray) -> np.ndarray:

@@ -126,6 +126,9 @@ class Merge(fewer.Fewer):
     return self.sequential
 
   def statistics(self) -> tuple[str, ...]:
+    if self.sequential:
+      # A global budget shares out groups by usage; what else is wanted the layers measure.
+      return () if self.layer_experts or self.budget == 'uniform' else ('routing',)
     wanted = {'routing', *GROUPINGS[self.grouping], *OPERATORS[self.operator]}
     if self.grouping in ('msmoe', 'spectral', 'anchored'):
       wanted |= set(SIMILARITIES[self.similarity])
@@ -139,15 +142,17 @@ class Merge(fewer.Fewer):
     Labels come in the layer step instead where that is sequential or compares experts on inputs.
     """
     fewer.check_router(config, self.name, by_number=self.router == 'remap')
-    assert statistics is not None
     held = self.chosen(config)
+    if statistics is None:
+      counts = self.uniform_counts(held)
+      return self._checked(config, {path: {'count': n} for path, n in counts.items()})
     sums = {path: statistics.of(path) for path in held}
     usage = {path: stats_core.usage(s) for path, s in sums.items()}
     counts = self._counts(config, held, usage)
     out: dict[str, Any] = {}
     for place, (path, count) in enumerate(counts.items()):
       own: dict[str, Any] = {'count': count, 'usage': usage[path].tolist()}
-      if self.operator == 'reap' or self.grouping == 'anchored':
+      if not self.sequential and (self.operator == 'reap' or self.grouping == 'anchored'):
         own['saliency'] = prune_core.score('reap', sums[path]).tolist()
       if not self._on_inputs and not self.sequential:
         similarity = functools.partial(self._similarity, path, source, sums[path], place)
@@ -158,9 +163,12 @@ class Merge(fewer.Fewer):
           own['count'] = int(labels.max()) + 1
         own |= {'labels': labels.tolist(), 'dominant': groups.dominant.tolist()}
       out[path] = own
+    return self._checked(config, out)
+
+  def _checked(self, config, plan) -> Mapping[str, Any]:
     if not self._maps:
-      fewer.check_top_k(config, self.counts(out), self.name)
-    return out
+      fewer.check_top_k(config, self.counts(plan), self.name)
+    return plan
 
   def _counts(self, config, held, usage) -> dict[str, int]:
     if self.layer_experts or self.budget == 'uniform':

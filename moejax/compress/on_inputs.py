@@ -15,6 +15,7 @@ from moejax.compress import align_core, merge_core, stats_core
 from moejax.ops import ffn
 
 Experts = Mapping[str, Any]
+_ROWS = 2048
 
 
 def in_one_order(
@@ -78,10 +79,14 @@ def sums(read: Callable[[Sequence[int]], Experts], context: Any) -> stats_core.S
   total = {name: np.zeros(len(experts)) for name in ('tokens', 'gate_norm')}
   means = []
   for e, x, gate in zip(experts, context.inputs(experts), context.gates(experts)):
-    y = _output(_one(read([e]), 0), x, activation).astype(np.float64)
+    own = _one(read([e]), 0)
     total['tokens'][e] = len(x)
-    total['gate_norm'][e] = (gate * np.linalg.norm(y, axis=1)).sum()
-    means.append(y.sum(0))
+    means.append(np.zeros(x.shape[1]))
+    for start in range(0, len(x), _ROWS):
+      piece = slice(start, start + _ROWS)
+      y = _output(own, x[piece], activation).astype(np.float64)
+      total['gate_norm'][e] += (gate[piece] * np.linalg.norm(y, axis=1)).sum()
+      means[-1] += y.sum(0)
   logits = context.logits().astype(np.float64)
   return {**total, 'output': np.stack(means), 'gram': logits.T @ logits}
 

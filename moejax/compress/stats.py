@@ -26,8 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax import config as config_lib
-from moejax import files
+from moejax import files, settings
 from moejax.compress import activations, align_core, samples, sources, stats_core, walker
 from moejax.config import ModelConfig
 from moejax.errors import UserError, did_you_mean
@@ -121,8 +120,11 @@ class Statistics:
 
 
 def identity(source: Any) -> str:
-  """SHA-256 of a model's config and router kernels: alike for a folder and for params in memory."""
-  digest = hashlib.sha256(json.dumps(config_lib.to_json(source.config), sort_keys=True).encode())
+  """SHA-256 of a model's config and router kernels: alike for a folder and for params in memory.
+
+  Of the config what is not at its default, so that a new field changes nothing.
+  """
+  digest = hashlib.sha256(json.dumps(settings.chosen(source.config), sort_keys=True).encode())
   for path in sorted(p for p in source.paths() if '/ffn/router/' in p or p.endswith('/expert_map')):
     digest.update(np.ascontiguousarray(source.read(path)).tobytes())
   return digest.hexdigest()

@@ -34,8 +34,9 @@ class LayerRow:
 class Fate:
   """What became of a layer's experts.
 
-  groups: those that are left, each the experts it was made of, the leading one first. notes: of
-  each group, a line on why. dropped: those that are in none. transform, method: what did it.
+  groups: those that are left, each the experts it was made of, the dominant one first. notes: of
+  each group, a line on why. dropped: those that are in none. transform, method: what did it. A
+  chain may change a layer several times.
   """
 
   path: str
@@ -124,33 +125,42 @@ def merge_layers(rows: Sequence[Mapping[str, Any]]) -> tuple[LayerRow, ...]:
 
 def fates(rows: Sequence[Mapping[str, Any]]) -> tuple[Fate, ...]:
   """Of every layer whose rows tell who was merged or kept, in the order of the rows."""
-  found: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+  found: list[tuple[str, list[Mapping[str, Any]]]] = []
   for row in rows:
-    if 'members' in row or ('kept' in row and 'dropped' in row):
-      found.setdefault((row.get('path', ''), row.get('transform', '')), []).append(row)
+    path = row.get('path', '')
+    if 'members' in row:
+      # Rows of one merge stand together, its groups in order.
+      if row.get('expert', 0) and found and found[-1][0] == path:
+        found[-1][1].append(row)
+      else:
+        found.append((path, [row]))
+    elif 'kept' in row and 'dropped' in row:
+      found.append((path, [row]))
   return tuple(
-      _merged(path, transform, own) if 'members' in own[0] else _kept(path, transform, own[0])
-      for (path, transform), own in found.items()
+      _merged(path, own) if 'members' in own[0] else _kept(path, own[0]) for path, own in found
   )
 
 
-def _merged(path: str, transform: str, rows: Sequence[Mapping[str, Any]]) -> Fate:
+def _merged(path: str, rows: Sequence[Mapping[str, Any]]) -> Fate:
   groups, notes = [], []
   for row in rows:
     leader = row.get('dominant')
     groups.append(tuple(sorted(row['members'], key=lambda e: (e != leader, e))))
     error = row.get('relative_output_error')
     notes.append(', '.join([
-        *([f'{row["usage"]:.1%} of the tokens'] if row.get('usage') is not None else []),
+        *([f'{row["usage"]:.1%} of the choices'] if row.get('usage') is not None else []),
         *([f'output off by {error:.0%}'] if error is not None else []),
     ]))
-  return Fate(path=path, transform=transform, method='', groups=tuple(groups), notes=tuple(notes))
+  return Fate(
+      path=path, transform=str(rows[0].get('transform', '')), method='', groups=tuple(groups),
+      notes=tuple(notes),
+  )
 
 
-def _kept(path: str, transform: str, row: Mapping[str, Any]) -> Fate:
+def _kept(path: str, row: Mapping[str, Any]) -> Fate:
   scores = row.get('scores') or ()
   return Fate(
-      path=path, transform=transform, method=str(row.get('method', '')),
+      path=path, transform=str(row.get('transform', '')), method=str(row.get('method', '')),
       groups=tuple((e,) for e in row['kept']),
       notes=tuple(f'score {scores[e]:.3g}' if e < len(scores) else '' for e in row['kept']),
       dropped=tuple(row['dropped']),

@@ -25,11 +25,12 @@ def headline(report: Report) -> str:
         f'<b>{best.bits:.3f} bits</b> for each weight'
     )
   elif report.fates:
-    count = sum(len(fate.groups) for fate in report.fates)
-    all_of_them = count + sum(
-        sum(map(len, f.groups)) - len(f.groups) + len(f.dropped) for f in report.fates
+    at_first = {fate.path: held(fate) for fate in reversed(report.fates)}
+    at_last = {fate.path: len(fate.groups) for fate in report.fates}
+    first = (
+        f'<b>{sum(at_first.values())} experts</b> of this model became '
+        f'<b>{sum(at_last.values())}</b>'
     )
-    first = f'<b>{all_of_them} experts</b> of this model became <b>{count}</b>'
   parts = [
       first,
       f'the whole model from <b>{megabytes(before.stored_bytes)}</b> to '
@@ -97,9 +98,14 @@ _WHY = {
 }
 
 
+def held(found: Fate) -> int:
+  """Experts of a layer before."""
+  return sum(map(len, found.groups)) + len(found.dropped)
+
+
 def fate(found: Fate) -> str:
   """One sentence on what happened to a layer's experts, and by what they were chosen."""
-  before = sum(map(len, found.groups)) + len(found.dropped)
+  before = held(found)
   left = len(found.groups)
   if found.method:
     why = _WHY.get(found.method, found.method)
@@ -108,8 +114,8 @@ def fate(found: Fate) -> str:
         f'among those that are left. An expert counted by {why}.'
     )
   return (
-      f'{before} experts became {left}. Those in one box were made one; the first was the most '
-      'used and gave the order of the hidden units, where they were aligned.'
+      f'{before} experts became {left}. Those in one box were made one; the first is the one that '
+      'the others joined.'
   )
 
 

@@ -41,6 +41,12 @@ def check_same_run(old: dict, new: dict, folder: str | os.PathLike) -> list[str]
   with contextlib.suppress(errors.UserError):  # settings that it knew nothing of are as they were
     old = config_lib.to_json(config_lib.from_json(config_lib.Experiment, old))
   changed = differences(old, new)
+  still = [_untrained(values) for values in (old, new)]
+  if still[0] != still[1]:
+    raise errors.UserError(
+        f'{folder} holds a run whose optim.learning_rate_rules keep {still[0]} as they are, the '
+        f'config says {still[1]}; use another --workdir or restore the setting'
+    )
   for path, (was, now) in changed.items():
     if any(path == fixed or path.startswith(fixed + '.') for fixed in _FIXED):
       raise errors.UserError(
@@ -48,6 +54,12 @@ def check_same_run(old: dict, new: dict, folder: str | os.PathLike) -> list[str]
           '--workdir or restore the setting'
       )
   return [f'{path}: {was!r} -> {now!r}' for path, (was, now) in changed.items()]
+
+
+def _untrained(experiment: dict) -> list[str]:
+  """The patterns of what is not trained, and so has no place in the optimizer's state."""
+  rules = (experiment.get('optim') or {}).get('learning_rate_rules') or ()
+  return [pattern for pattern, factor in rules if factor == 0]
 
 
 def any_in(folder: pathlib.Path) -> bool:
@@ -132,6 +144,11 @@ class Checkpoints:
 
   def _broken(self, step: int, error: Exception) -> errors.UserError:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if 'tree structures do not match' in str(error):
+      return errors.UserError(
+          f'checkpoint {self.folder / f"{step:08d}"} holds other arrays than this run has: it was '
+          'written with other settings or by an older version; use another --workdir'
+      )
     return errors.UserError(
         f'checkpoint {self.folder / f"{step:08d}"} cannot be read ({reason[:200]}); '
         'remove that folder to resume from an older one'

@@ -119,16 +119,20 @@ def whole(params: Mapping[str, Any], config: config_lib.LowRankConfig) -> dict[s
   })
 
 
-def compact(params: Mapping[str, Any], dtype: Any = jnp.float32) -> dict[str, Any]:
+def compact(
+    params: Mapping[str, Any], config: config_lib.LowRankConfig, dtype: Any = jnp.float32
+) -> dict[str, Any]:
   """Split experts as `LowRankSparse` nodes that keep the outputs whose rest is not all 0.
 
-  On the host; other leaves stay as they are.
+  On the host; other leaves stay as they are. left takes alpha / rank in.
   """
   out = {}
   for path, leaf in _gathered(params).items():
     if isinstance(leaf, tuple):
       left, right, rest = (np.asarray(a, np.float32) for a in leaf)
-      leaf = weights.LowRankSparse.from_dense(left, right, rest, (rest != 0).any(1), dtype)
+      leaf = weights.LowRankSparse.from_dense(
+          left * np.float32(_scale(config)), right, rest, (rest != 0).any(1), dtype
+      )
     out[path] = leaf
   return tree.unflatten(out)
 
@@ -136,7 +140,7 @@ def compact(params: Mapping[str, Any], dtype: Any = jnp.float32) -> dict[str, An
 def finished(params: Mapping[str, Any], config: config_lib.LowRankConfig, dtype: Any) -> Any:
   """What a run leaves: nodes where the rest was pruned, else plain matrices; floats in dtype."""
   if config.matrices and config.kept < 1:
-    return tree.cast_floats(compact(params, dtype), dtype)
+    return tree.cast_floats(compact(params, config, dtype), dtype)
   return tree.cast_floats(whole(params, config), dtype)
 
 

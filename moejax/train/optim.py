@@ -119,7 +119,7 @@ def make_optimizer(
   decay_factors = by_rules(config.weight_decay_rules, params, 'optim.weight_decay_rules')
   rate_factors = by_rules(config.learning_rate_rules, params, 'optim.learning_rate_rules')
   relative = config.scale_by_param_rms or config.optimizer == 'adafactor'
-  # Every stage is there, on or off: settings may then change between a checkpoint and its resume.
+  # Every stage is there, on or off: these settings may change between a checkpoint and its resume.
   return optax.chain(
       _clip_by_global_norm(config.clip_norm) if config.clip_norm > 0 else optax.identity(),
       _preconditioner(config, params),
@@ -178,11 +178,11 @@ def _preconditioner(config: config_lib.OptimConfig, params: Any) -> optax.Gradie
 # (path regex, reduction axes, output axes) of the hidden matrices; other axes are a batch. Stacked
 # layers have one more before them.
 _MUON_RULES = (
-    (r'.*/ffn/shared/(wi|wo|gate)', ((0,), (1,))),
-    (r'.*/experts/(wi|wo|gate)', ((1,), (2,))),
-    (r'.*/ffn/(wi|wo|gate)', ((0,), (1,))),
-    (r'.*attention/(q|k|v)', ((0,), (1, 2))),
-    (r'.*attention/o', ((0, 1), (2,))),
+    (r'.*/ffn/shared/(wi|wo|gate)(/rest)?', ((0,), (1,))),
+    (r'.*/experts/(wi|wo|gate)(/rest)?', ((1,), (2,))),
+    (r'.*/ffn/(wi|wo|gate)(/rest)?', ((0,), (1,))),
+    (r'.*attention/(q|k|v)(/rest)?', ((0,), (1, 2))),
+    (r'.*attention/o(/rest)?', ((0, 1), (2,))),
     (r'.*', None),
 )
 

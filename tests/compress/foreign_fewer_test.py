@@ -143,6 +143,24 @@ def test_every_method(step):
   jax.tree.map(np.testing.assert_array_equal, result.params, again.params)
 
 
+def test_masked_tokens_count_nowhere():
+  x = inputs(1)[0]
+  padded = jnp.concatenate([x, 9 * jnp.ones((50, D))])
+
+  def masked(params, x, capture):
+    tell = lambda path, x, e, **says: capture(path, x, e, jnp.arange(len(x)) < 200, **says)
+    plain_apply(params, x, tell)
+
+  for step in (merge(3, budget='uniform'), compress_lib.ream(3), prune('reap', experts=3)):
+    one = shrink(step, batches=[x])
+    two = foreign.compress_tree(
+        plain_params(), RULES, masked, [padded], step, activation='silu'
+    )
+    names = [name for name in ('members', 'kept') if name in one.rows[0]]
+    first = lambda result: [r[n] for r in result.rows if r['path'] == 'layers/0' for n in names]
+    assert names and first(one) == first(two)
+
+
 def test_one_layer_of_them():
   result = shrink(prune('frequency', experts=2, layers='layers/1'))
   assert [layer['w_in'].shape[0] for layer in result.params['layers']] == [EXPERTS, 2]
@@ -214,16 +232,31 @@ def test_bad_use():
     )
   with pytest.raises(UserError, match="no leaf of role 'wo'"):
     foreign.compress_tree(
-        plain_params(), RULES[:2], plain_apply, inputs(), prune_3, activation='silu'
+        plain_params(), [*RULES[:2], RULES[3]], plain_apply, inputs(), prune_3, activation='silu'
     )
   with pytest.raises(UserError, match=r"'layers/0' has no leaf of role 'router/kernel'"):
     foreign.compress_tree(
         plain_params(), RULES[:3], plain_apply, inputs(),
         merge(3, similarity='router-weight', router='slice'), activation='silu',
     )
-  with pytest.raises(UserError, match="needs the router's logits"):
+  with pytest.raises(UserError, match='logits_me=...'):
     blind = lambda p, x, c: plain_apply(p, x, lambda path, x, e, **_: c(path, x, e))
     foreign.compress_tree(plain_params(), RULES, blind, inputs(), merge(3), activation='silu')
+  for step in (prune_3, compress_lib.ream(3), compress_lib.uncurl(3)):
+    with pytest.raises(UserError, match="no leaf of role 'router/kernel'"):
+      foreign.compress_tree(
+          plain_params(), RULES[:3], plain_apply, inputs(), step, activation='silu'
+      )
+  no_gates = lambda p, x, c: plain_apply(
+      p, x, lambda path, x, e, gate_mk, logits_me: c(path, x, e, logits_me=logits_me)
+  )
+  with pytest.raises(UserError, match='gate_mk=...'):
+    foreign.compress_tree(plain_params(), RULES, no_gates, inputs(), prune_3, activation='silu')
+  few = lambda p, x, c: plain_apply(
+      p, x, lambda path, x, e, logits_me, **_: c(path, x, e, logits_me=logits_me[:, :4])
+  )
+  with pytest.raises(UserError, match='the layer has 6 experts'):
+    foreign.compress_tree(plain_params(), RULES, few, inputs(), prune_3, activation='silu')
   with pytest.raises(UserError, match='7 experts for layers/0, which has 6'):
     shrink(prune('reap', experts=7))
   with pytest.raises(UserError, match='each token meets top_k = 2'):

@@ -9,7 +9,7 @@ import sys
 import jax
 import pytest
 
-from experiments.fewer import labelled, page
+from experiments.fewer import labelled, page, problems
 from moejax.config import EncDecConfig, EncDecMoeConfig
 from moejax.data import tokenizer as tokenizer_lib
 from moejax.model import Model
@@ -43,7 +43,9 @@ def test_two_methods(tmp_path):
   )
   done_before = {'loss': 9.25, 'expert_bytes': 1, 'stored_bytes': 2, 'seconds': 3, 'layers': []}
   (tmp_path / 'fewer.json').write_text(json.dumps({
-      'machine': {'cpu': 'some', 'cores': 2}, 'jax': '0', 'model': 'm', 'samples': 2,
+      'machine': {'cpu': 'some', 'cores': 2}, 'jax': '0', 'model': str(tmp_path / 'model'),
+      'samples': 2, 'tests': 2, 'calibration': [str(tmp_path / 'text.txt')],
+      'test': [str(tmp_path / 'text.txt')],
       'how': {'steps': 2, 'size': 8, 'learning_rate': 1e-4, 'task': ''}, 'before': {},
       'runs': {'prune reap/2/0': done_before},
   }))
@@ -62,6 +64,7 @@ def test_two_methods(tmp_path):
     assert f'{name}.png' in text
   done = run(*arguments, '--methods', 'merge random', '--recover', 4)
   assert done.returncode == 2 and 'holds runs with other settings' in done.stderr
+  assert problems.drawn(1000, 20, 1) != problems.drawn(1000, 20, 0)
   done = run(*arguments, '--methods', 'prune reep')
   assert done.returncode == 2 and "did you mean 'prune reap'" in done.stderr
   assert len(done.stderr.strip().splitlines()) == 1

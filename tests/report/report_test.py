@@ -184,7 +184,7 @@ def test_who_was_merged_and_who_went():
   ])
   merged, pruned = parsed.fates
   assert merged.groups == ((2, 0, 3), (1,))
-  assert merged.notes == ('75.0% of the tokens, output off by 50%', '25.0% of the tokens')
+  assert merged.notes == ('75.0% of the choices, output off by 50%', '25.0% of the choices')
   assert (pruned.groups, pruned.dropped) == (((0,), (3,)), (1, 2))
   assert pruned.notes == ('score 4', 'score 3')
   page = report.render(parsed)
@@ -193,6 +193,21 @@ def test_who_was_merged_and_who_went():
   assert '4 experts became 2' in text and '2 of 4 experts stayed' in text and '(REAP)' in text
   assert 'Smaller against worse' not in text and 'find their experts' not in text
   assert fewer_experts([{'path': 'a', 'bits_per_weight': 1.0}]).fates == ()
+
+
+def test_a_chain_counts_from_the_first_step_to_the_last():
+  row = lambda group, members: {
+      'path': 'a/experts', 'transform': 'merge', 'expert': group, 'members': members,
+      'dominant': members[0], 'bits_per_weight': 16.0,
+  }
+  parsed = fewer_experts([
+      {'path': 'a/experts', 'transform': 'prune', 'method': 'ean', 'kept': [0, 1, 2, 4],
+       'dropped': [3, 5], 'bits_per_weight': 16.0},
+      row(0, [0, 1]), row(1, [3]), row(2, [2]), row(0, [0, 2]), row(1, [1]),
+  ])
+  assert [len(fate.groups) for fate in parsed.fates] == [4, 3, 2]
+  page = re.sub('<[^>]+>', '', report.render(parsed))
+  assert '6 experts of this model became 2' in re.sub(r'\s+', ' ', page)
 
 
 def test_every_method_of_pruning_says_why():

@@ -80,6 +80,9 @@ def test_a_scale_of_alpha_over_rank(common):
   parts['ffn']['wi']['right'] = jnp.ones((2, 6))
   got = low_rank.whole(parts, config)['ffn']['wi']
   np.testing.assert_allclose(got, 3 * parts['ffn']['wi']['left'] @ np.ones((2, 6)), rtol=1e-6)
+  stack = {'experts': {'wi': {name: leaf[None] for name, leaf in parts['ffn']['wi'].items()}}}
+  node = low_rank.compact(stack, config)['experts']['wi']
+  np.testing.assert_allclose(node.dense(jnp.float32)[0], got, rtol=1e-6)
 
 
 def test_adapters_alone_learn_and_fold(common):

@@ -184,9 +184,12 @@ def test_from_a_folder_through_the_command(tmp_path, monkeypatch):
   asked = iter([False, False, True])
   cut = loop.run(experiment, tmp_path / 'cut', hooks=[], should_stop=lambda: next(asked, True))
   assert not cut['finished']
-  other = config_lib.apply_overrides(experiment, ['low_rank.rank=3'])
-  with pytest.raises(errors.UserError, match='low_rank.rank = 4'):
-    loop.run(other, tmp_path / 'cut', hooks=[])
+  for change, message in (
+      ('low_rank.rank=3', 'low_rank.rank = 4'),
+      ('optim.learning_rate_rules=[[".*", 1.0]]', r"keep \['\.\*/router/\.\*'\] as they are"),
+  ):
+    with pytest.raises(errors.UserError, match=message):
+      loop.run(config_lib.apply_overrides(experiment, [change]), tmp_path / 'cut', hooks=[])
   loop.run(experiment, tmp_path / 'cut', hooks=[])
   files = [(tmp_path / name / 'model' / 'model.safetensors').read_bytes()
            for name in ('losparse', 'cut')]
