@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from moejax import account
+from moejax import account, weights
 from moejax.compress.parts import Group
 from moejax.config import ModelConfig
 from moejax.errors import UserError
@@ -138,6 +138,15 @@ class Transform:
     no parts.
     """
     raise NotImplementedError
+
+
+def require_array(path: str, leaf: Any, name: str, advice: str = '') -> None:
+  """Raises UserError if an expert weight is compressed already, for a step that takes arrays."""
+  if isinstance(leaf, weights.WeightNode):
+    advice = advice or f'{name} first, then compress what is left'
+    raise UserError(
+        f'{path} is a {type(leaf).__name__} node: {name} takes uncompressed weights; {advice}'
+    )
 
 
 def target_layers(step: Transform, source: account.Source) -> list[str]:

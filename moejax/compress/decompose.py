@@ -54,11 +54,7 @@ class Decompose(base.Transform):
     return re.fullmatch(self.layers, path) is not None
 
   def accepts(self, path: str, leaf: Any) -> None:
-    if isinstance(leaf, weights.WeightNode):
-      raise UserError(
-          f'{path} is a {type(leaf).__name__} node: decompose takes uncompressed weights; '
-          'decompose first, then quantize'
-      )
+    base.require_array(path, leaf, self.name, 'decompose first, then quantize')
 
   def statistics(self) -> tuple[str, ...]:
     return ('gradients',) if self.sensitivity == 'gradients' and 0 < self.keep < 1 else ()

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from moejax import tree, weights
+from moejax import tree
 from moejax.compress import base, parts
 from moejax.config import ModelConfig
 from moejax.config.moe import require_known, require_pattern
@@ -104,11 +104,7 @@ class Fewer(base.Transform):
     return counts
 
   def accepts(self, path: str, leaf: Any) -> None:
-    if isinstance(leaf, weights.WeightNode):
-      raise UserError(
-          f'{path} is a {type(leaf).__name__} node: {self.name} takes uncompressed weights; '
-          f'{self.name} first, then compress what is left'
-      )
+    base.require_array(path, leaf, self.name)
 
   def counts(self, plan: Mapping[str, Any]) -> dict[str, int]:
     """How many experts the layers of a plan are left with."""

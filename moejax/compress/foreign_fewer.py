@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax import config as config_lib
-from moejax.compress import fewer, merge, parts, stats, stats_core
+from moejax.compress import fewer, merge, on_inputs, parts, stats, stats_core
 from moejax.errors import UserError, did_you_mean
 from moejax.ops import ffn
 
 # Role -> its axes in a model of ours.
 ROLES: dict[str, tuple[str, ...]] = {
-    **dict.fromkeys(('wi', 'gate'), ('expert', 'in', 'out')), 'wo': ('expert', 'in', 'out'),
+    **dict.fromkeys(('wi', 'gate', 'wo'), ('expert', 'in', 'out')),
     **dict.fromkeys(('wi_bias', 'gate_bias', 'wo_bias'), ('expert', 'out')),
     'router/kernel': ('in', 'expert'), 'router/bias': ('expert',),
 }
@@ -303,7 +303,7 @@ def _statistics(source, kinds, run, capture) -> stats.Statistics | None:
       for start in range(0, len(rows), _ROWS):
         piece = slice(start, start + _ROWS)
         x = routed.x[rows[piece]]
-        y = _outputs(own, _padded(x), source.config.activation)[: len(x)]
+        y = on_inputs.output(own, x, source.config.activation)
         observer.expert(path, expert, own, x, y, gate[rows[piece], place[piece]])
       observer.all_tokens(path, expert, own, acts)
     totals[path] = stats_core.add(totals.get(path, {}), observer.layers[path])
@@ -340,23 +340,11 @@ class _Acts:
   def output_sum(self, weights_df: Mapping[str, np.ndarray]) -> np.ndarray:
     total = np.zeros(weights_df['wo'].shape[1])
     for start in range(0, len(self.buffer), _ROWS):
-      x = self.buffer[start : start + _ROWS]
-      y = _outputs(weights_df, _padded(x), self.activation)[: len(x)]
-      total += np.asarray(y, np.float64).sum(0)
+      y = on_inputs.output(weights_df, self.buffer[start : start + _ROWS], self.activation)
+      total += y.sum(0, dtype=np.float64)
     return total
 
 
 def _expert(source: Source, path: str, expert: int) -> dict[str, np.ndarray]:
   own = fewer.read_experts(source, path, [expert])
   return {name: w[0].astype(np.float32) for name, w in own.items()}
-
-
-def _padded(x_md: np.ndarray) -> np.ndarray:
-  return np.pad(x_md, ((0, _ROWS - len(x_md)), (0, 0)))
-
-
-def _outputs(expert, x_md, activation) -> np.ndarray:
-  return np.asarray(_dense({n: jnp.asarray(w) for n, w in expert.items()}, x_md, activation))
-
-
-_dense = jax.jit(ffn.dense_ffn, static_argnames=('activation',))

@@ -65,7 +65,7 @@ def solve_wo(
   if not sum(map(len, inputs)):
     return merged['wo']
   hidden = np.concatenate([align_core.hidden_units(merged, x, activation) for x in inputs])
-  wanted = np.concatenate([_output(_one(experts, e), x, activation) for e, x in enumerate(inputs)])
+  wanted = np.concatenate([output(_one(experts, e), x, activation) for e, x in enumerate(inputs)])
   return merge_core.solve_wo(hidden, wanted, merged['wo'], ridge)
 
 
@@ -84,7 +84,7 @@ def sums(read: Callable[[Sequence[int]], Experts], context: Any) -> stats_core.S
     means.append(np.zeros(x.shape[1]))
     for start in range(0, len(x), _ROWS):
       piece = slice(start, start + _ROWS)
-      y = _output(own, x[piece], activation).astype(np.float64)
+      y = output(own, x[piece], activation).astype(np.float64)
       total['gate_norm'][e] += (gate[piece] * np.linalg.norm(y, axis=1)).sum()
       means[-1] += y.sum(0)
   logits = context.logits().astype(np.float64)
@@ -100,8 +100,8 @@ def change(
     if not len(x):
       continue
     tokens += len(x)
-    own = _output(_one(experts, e), x, activation)
-    off += float(np.square(_output(merged, x, activation) - own).sum(dtype=np.float64))
+    own = output(_one(experts, e), x, activation)
+    off += float(np.square(output(merged, x, activation) - own).sum(dtype=np.float64))
     size += float(np.square(own).sum(dtype=np.float64))
   return {'tokens': tokens, 'relative_output_error': (off / size) ** 0.5 if size else None}
 
@@ -110,7 +110,8 @@ def _one(experts: Experts, e: int) -> dict[str, Any]:
   return {name: w[e] for name, w in experts.items()}
 
 
-def _output(expert: Experts, x_md: np.ndarray, activation: str) -> np.ndarray:
+def output(expert: Experts, x_md: np.ndarray, activation: str) -> np.ndarray:
+  """What an expert gives, [m, d]; rows are padded to a power of two, so that few shapes compile."""
   rows = 1 << max(len(x_md) - 1, 15).bit_length()
   padded = jnp.asarray(np.pad(x_md, ((0, rows - len(x_md)), (0, 0))))
   own = {name: jnp.asarray(w) for name, w in expert.items()}

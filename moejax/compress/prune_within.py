@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from moejax import weights
 from moejax.compress import align_core, base, fewer, on_inputs, parts, prune_core
 from moejax.config import ModelConfig
 from moejax.config.moe import require_pattern
@@ -38,11 +37,7 @@ class _Within(base.Transform):
     return base.Calibration(mask_special=False)
 
   def accepts(self, path: str, leaf: Any) -> None:
-    if isinstance(leaf, weights.WeightNode):
-      raise UserError(
-          f'{path} is a {type(leaf).__name__} node: {self.name} takes uncompressed weights; '
-          f'{self.name} first, then compress what is left'
-      )
+    base.require_array(path, leaf, self.name)
 
   def layer(
       self, plan: Mapping[str, Any], path: str, source: base.LeafSource,

@@ -53,11 +53,8 @@ class Quantize(base.Transform):
             f'{path} is low rank and sparse: neither max_error nor a search with target_bits '
             'goes with it'
         )
-    elif isinstance(leaf, weights.WeightNode):
-      raise UserError(
-          f'{path} is a {type(leaf).__name__} node: quantize takes uncompressed weights; '
-          'start from the model before it was compressed'
-      )
+    else:
+      base.require_array(path, leaf, self.name, 'start from the model before it was compressed')
 
   def predict(self, path: str, leaf: Any, zero_share: float | None) -> Any:
     s = self.matrix
