@@ -24,7 +24,8 @@ bench: $(VENV)/.installed-test
 
 # A night: trains the demo's checkpoint from nothing, measures it, runs the benches, compares router
 # gradients, compiles the training steps of the largest models for TPU slices, cuts the checkpoint to
-# fewer experts by every method, trains the study's thirty small models. What is in experiments/evidence already is not compiled or trained again.
+# fewer experts by every method, trains the study's thirty small models. What is in
+# experiments/evidence already is not compiled or trained again.
 evidence: $(VENV)/.installed-test
 	$(BIN)/python -m experiments.train --config configs/sotu_switch16.py --workdir runs/sotu
 	$(BIN)/python -m experiments.bench --suite foundation \
@@ -35,7 +36,7 @@ evidence: $(VENV)/.installed-test
 	  --out experiments/evidence/merge_cpu.json --markdown experiments/BENCHMARKS_MERGE.md
 	$(BIN)/python -m experiments.estimators --out experiments/evidence/estimators
 	$(BIN)/python -m experiments.pods --out experiments/evidence/pods
-	$(BIN)/python -m experiments.fewer
+	$(BIN)/python -m experiments.fewer --recover 64
 	$(BIN)/python -m experiments.study.texts
 	$(BIN)/python -m experiments.study
 

@@ -45,18 +45,15 @@ def samples(
 def _sample(tokens, label, model, length) -> dict[str, Any]:
   target = _FIRST_WORD + label
   if isinstance(model, config.DecoderConfig):
-    row = np.zeros((5, 1, length), np.int32)
-    names = ('tokens', 'targets', 'weights', 'segments', 'positions')
-    made = dict(zip(names, row))
-    n = len(tokens)
-    made['tokens'][0, :n] = tokens
-    made['tokens'][0, n] = model.eos_ids[0]
-    made['segments'][0, : n + 1] = 1
-    made['positions'][0, : n + 1] = np.arange(n + 1)
-    made['targets'][0, n] = target
-    made['weights'] = np.zeros((1, length), np.float32)
-    made['weights'][0, n] = 1
-    return made
+    read = len(tokens) + 1
+    ids, real, last = np.zeros((3, 1, length), np.int32)
+    ids[0, :read] = [*tokens, model.eos_ids[0]]
+    real[0, :read] = 1
+    last[0, read - 1] = 1
+    return {
+        'tokens': ids, 'segments': real, 'positions': real * np.arange(length, dtype=np.int32),
+        'targets': last * target, 'weights': last.astype(np.float32),
+    }
   encoder = np.full((1, length), model.pad_id, np.int32)
   encoder[0, : len(tokens)] = tokens
   encoder[0, len(tokens)] = model.eos_id

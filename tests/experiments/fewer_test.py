@@ -7,10 +7,11 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from experiments.fewer import labelled, page, problems
-from moejax.config import EncDecConfig, EncDecMoeConfig
+from moejax.config import DecoderConfig, EncDecConfig, EncDecMoeConfig
 from moejax.data import tokenizer as tokenizer_lib
 from moejax.model import Model
 
@@ -87,6 +88,15 @@ def test_a_task_and_recovery(tmp_path):
   train, test = labelled.samples(tmp_path / 'texts', config, tokenizer, 32)
   assert (len(train), len(test)) == (32, 8)
   assert {int(s['targets'][0, 0]) for s in train} == {3, 4}
+  decoder = DecoderConfig(
+      family='mixtral', vocab_size=512, d_model=8, d_head=4, d_ff=8, num_heads=2, num_kv_heads=2,
+      num_layers=1, eos_ids=(1,),
+  )
+  row = labelled.samples(tmp_path / 'texts', decoder, tokenizer, 32)[0][0]
+  (place,) = np.flatnonzero(row['weights'][0])
+  assert row['tokens'][0, place] == 1 and row['targets'][0, place] in (3, 4)
+  assert row['positions'][0, place] == place == row['segments'].sum() - 1
+  assert not row['tokens'][0, place + 1 :].any()
   done = run(
       '--model', tmp_path / 'model', '--task', tmp_path / 'texts', '--tuned', tmp_path / 'tuned',
       '--task_steps', 60, '--recover', 16, '--batch', 8, '--learning_rate', 0.003, '--samples', 8,
