@@ -95,6 +95,17 @@ def permute(expert: Mapping[str, Any], order_f: jax.typing.ArrayLike) -> dict[st
   return out
 
 
+def permute_each(
+    experts: Mapping[str, Any], orders_ef: np.ndarray
+) -> dict[str, np.ndarray]:
+  """`permute` for experts [e, ...], or what else lies as their weights do, each in its order."""
+  out = {name: np.array(w) for name, w in experts.items()}
+  for e, order in enumerate(orders_ef):
+    for name, w in permute({name: w[e] for name, w in experts.items()}, order).items():
+      out[name][e] = w
+  return out
+
+
 def in_one_order(
     experts: Mapping[str, Any], reference: int, include_wo: bool = True,
     members: Sequence[int] | None = None,
@@ -106,8 +117,7 @@ def in_one_order(
   Returns:
     (the experts [e, ...], their orders int32 [e, f]); those not in `members` stay as they are.
   """
-  out = {name: np.array(w) for name, w in experts.items()}
-  count, units = out['wo'].shape[:2]
+  count, units = np.shape(experts['wo'])[:2]
   orders = np.tile(np.arange(units, dtype=np.int32), (count, 1))
   one = lambda e: {name: w[e] for name, w in experts.items()}
   order_of = lambda e: match(profit(one(reference), one(e), include_wo))
@@ -115,6 +125,4 @@ def in_one_order(
   with futures.ThreadPoolExecutor(os.cpu_count()) as pool:
     for e, order in zip(others, pool.map(order_of, others)):
       orders[e] = order
-      for name, w in permute(one(e), order).items():
-        out[name][e] = w
-  return out, orders
+  return permute_each(experts, orders), orders

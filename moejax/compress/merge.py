@@ -345,11 +345,13 @@ class Merge(fewer.Fewer):
             experts, list(context.inputs(members)), context.config.activation
         )
       return merge_core.zip_units(experts, usage, alike)
-    aligned = self._aligned(path, source, context, members, leader, experts)
+    aligned, orders = self._aligned(path, source, context, members, leader, experts)
     labels = np.zeros(len(members), np.int32)
     if self.operator == 'fisher':
       found = stats.read_gradients(self.gradients, path, source, 'square')
       information = {name: found[name][members] for name in aligned}
+      if orders is not None:
+        information = align_core.permute_each(information, orders)
       merged = merge_core.fisher(aligned, labels, information)
     else:
       weight = usage
@@ -367,9 +369,12 @@ class Merge(fewer.Fewer):
       )
     return one
 
-  def _aligned(self, path, source, context, members, leader, experts) -> Mapping[str, Any]:
+  def _aligned(
+      self, path, source, context, members, leader, experts
+  ) -> tuple[Mapping[str, Any], np.ndarray | None]:
+    """A group's experts in one order, and the order of each [e, f]; None where they stay."""
     if self.alignment == 'none' or len(members) == 1:
-      return experts
+      return experts, None
     first = self.reference == 'first' and 0 not in members
     if first:
       zero = fewer.read_experts(source, path, [0])
@@ -379,14 +384,14 @@ class Merge(fewer.Fewer):
       everyone, ids = experts, list(members)
       place = ids.index(0 if self.reference == 'first' else leader)
     if self.alignment == 'weights':
-      out, _ = align_core.in_one_order(everyone, place, self.include_wo)
+      out, orders = align_core.in_one_order(everyone, place, self.include_wo)
     else:
-      out = on_inputs.in_one_order(
+      out, orders = on_inputs.in_one_order(
           everyone, place, list(context.inputs(ids)), context.config.activation,
           with_weights=self.alignment == 'both', include_wo=self.include_wo,
           few_stay=bool(self.compat),
       )
-    return {name: w[1:] for name, w in out.items()} if first else out
+    return ({name: w[1:] for name, w in out.items()}, orders[1:]) if first else (out, orders)
 
   def predict_layer(
       self, config: ModelConfig, path: str, leaves: Mapping[str, Any], zero_share: Any

@@ -21,28 +21,29 @@ _ROWS = 2048
 def in_one_order(
     experts: Experts, reference: int, inputs: Sequence[np.ndarray], activation: str, *,
     with_weights: bool = False, include_wo: bool = True, few_stay: bool = False,
-) -> Experts:
-  """Hidden units in the order of a reference expert, by correlation over all the inputs.
+) -> tuple[Experts, np.ndarray]:
+  """`align_core.in_one_order` by correlation over all the inputs.
 
   Args:
     with_weights: adds the cosines of the units' weights (`align_core.cosine`).
     few_stay: with one token at most nothing is reordered, as published; else weights decide.
   """
   x = np.concatenate(inputs)
+  count, width = np.shape(experts['wo'])[:2]
+  orders = np.tile(np.arange(width, dtype=np.int32), (count, 1))
   if len(x) <= 1:
-    return experts if few_stay else align_core.in_one_order(experts, reference, include_wo)[0]
+    same = experts, orders
+    return same if few_stay else align_core.in_one_order(experts, reference, include_wo)
   units = align_core.hidden_units(_one(experts, reference), x, activation)
-  out = {name: np.array(w) for name, w in experts.items()}
-  for e in range(len(out['wo'])):
+  for e in range(count):
     if e == reference:
       continue
     own = _one(experts, e)
     score = align_core.correlation(units, align_core.hidden_units(own, x, activation))
     if with_weights:
       score = score + align_core.cosine(_one(experts, reference), own, include_wo)
-    for name, w in align_core.permute(own, align_core.match(score)).items():
-      out[name][e] = w
-  return out
+    orders[e] = align_core.match(score)
+  return align_core.permute_each(experts, orders), orders
 
 
 def unit_correlation(

@@ -16,6 +16,7 @@ from moejax.compress import (
   merge_core,
   msmoe,
   similarity_core,
+  sources,
   stats_core,
 )
 from moejax.compress import stats as stats_lib
@@ -391,7 +392,22 @@ STEPS = {
 }
 
 
-def test_the_published_models_come_out_of_compress(merged, model, switch):
+def information_file(model, merged, switch, file):
+  """Writes the published Fisher information, of aligned experts, as that of the model's own."""
+  layers = {}
+  for layer in MERGED:
+    _, orders = align_core.in_one_order(switch.experts(layer), 0)
+    aligned = vectors.ours(merged[f'fisher/wi/{layer}'], merged[f'fisher/wo/{layer}'])
+    own = align_core.permute_each(aligned, np.argsort(orders, 1))
+    layers['/'.join(vectors.layer_path(layer))] = {f'square/{n}': w for n, w in own.items()}
+  stats_lib.Statistics(
+      layers=layers, kinds=('gradients',), tokens={},
+      model=stats_lib.identity(sources.open_source(model)),
+  ).save(file)
+  return str(file)
+
+
+def test_the_published_models_come_out_of_compress(merged, model, switch, tmp_path):
   """From the padded batch to the logits of the model: statistics, groups, orders and averages."""
   tokens, decoder, _, labels = switch.batch()
   batch = {
@@ -400,7 +416,9 @@ def test_the_published_models_come_out_of_compress(merged, model, switch):
   }
   statistics = stats_lib.measure(model, [batch], ('routing',), compat='mcsmoe')
   few, shifted, mask, _ = switch.batch(4)
-  for tag, changes in STEPS.items():
+  information = information_file(model, merged, switch, tmp_path / 'fisher.npz')
+  fisher = {'operator': 'fisher', 'gradients': information}
+  for tag, changes in {**STEPS, 'fisher_aligned': fisher}.items():
     step = msmoe(3, layers='(?!encoder/layers_1/).*', **changes)
     made = compress(model, step, [batch], statistics=statistics).model
     got = made.apply(few, shifted, encoder_mask=mask).logits_btv
