@@ -19,7 +19,9 @@ from moejax.nn.outputs import Output
 
 
 @functools.partial(
-    jax.jit, static_argnames=('config', 'train', 'dtype', 'mesh', 'remat', 'microbatches')
+    jax.jit, static_argnames=(
+        'config', 'train', 'dtype', 'mesh', 'remat', 'microbatches', 'keep_states'
+    )
 )
 def apply_fn(
     config: ModelConfig,
@@ -46,8 +48,9 @@ def apply_fn(
     inputs: of an encoder-decoder, encoder_mask and decoder_mask, bool, True for real tokens; of a
       decoder, positions_bt (default 0, 1, ...), segments_bt (packed documents by number, which do
       not see each other), valid_bt (True for real tokens), draws (a router's recorded random
-      numbers, by layer path) and microbatches (of a pipeline; 0: as many as stages). All may be
-      left out. Params may be stacked (`nn.stacking`).
+      numbers, by layer path) and microbatches (of a pipeline; 0: as many as stages). Of both,
+      keep_states: True for the hidden states of all layers in the output. All may be left out.
+      Params may be stacked (`nn.stacking`).
   """
   if train and key is None:
     raise ValueError('train=True needs a key for dropout and routing')

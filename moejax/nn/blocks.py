@@ -28,8 +28,11 @@ AXIS = 'pipeline'
 def scan(
     step: int, blocks: Mapping[str, Any], x_btd: jax.Array, context: Any,
     key: jax.Array | None, run: RunLayer, *, first: jax.Array | int = 0, remat: bool = False,
-) -> tuple[jax.Array, dict[int, Routing]]:
+    keep_states: bool = False,
+) -> tuple[jax.Array, dict[int, Routing], jax.Array | None]:
   """Runs blocks one after the other; routings are stacked, by place in the period.
+
+  With keep_states also what every layer gives, [layers, b, t, d].
 
   Args:
     step: layers of a block. blocks: stacked params of n blocks. first: number of the first layer.
@@ -38,17 +41,19 @@ def scan(
 
   def body(x, inputs):
     params, n = inputs
-    routings = {}
+    routings, states = {}, []
     for j in range(step):
       own = None if key is None else jax.random.fold_in(key, first + n * step + j)
       x, routing = run(j, params[f'layer_{j}'], x, context, own)
       if routing is not None:
         routings[j] = routing
-    return x, routings
+      states.append(x)
+    return x, (routings, jnp.stack(states) if keep_states else None)
 
   count = jax.tree.leaves(blocks)[0].shape[0]
   body = jax.checkpoint(body) if remat else body
-  return jax.lax.scan(body, x_btd, (dict(blocks), jnp.arange(count)))
+  x, (routings, states) = jax.lax.scan(body, x_btd, (dict(blocks), jnp.arange(count)))
+  return x, routings, None if states is None else states.reshape(-1, *x.shape)
 
 
 def layer_keys(key: jax.Array | None) -> dict[str, jax.Array] | None:
@@ -114,7 +119,7 @@ def pipeline(
       pick = lambda a: jax.lax.dynamic_index_in_dim(a, part, 0, keepdims=False)
       x = jnp.where(own == 0, pick(xs), state)
       mine = None if key is None else jax.random.fold_in(key, config.num_layers + part)
-      x, routings = scan(
+      x, routings, _ = scan(
           step, blocks, x, jax.tree.map(pick, contexts), mine, run, first=own * layers,
           remat=remat,
       )

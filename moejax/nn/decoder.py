@@ -181,10 +181,15 @@ def embed(
   return sharding.constrain_batch(x_btd, mesh)
 
 
-def head(config: DecoderConfig, params: Mapping[str, Any], x_btd: jax.Array) -> jax.Array:
-  """The final norm and the logits, float32 [b, t, v]."""
+def final_norm(
+    config: DecoderConfig, params: Mapping[str, Any], x_btd: jax.Array
+) -> jax.Array:
   stack = params['decoder']
-  x_btd = norm.norm(x_btd, stack['final_norm'], stack.get('final_norm_bias'), config.norm_eps)
+  return norm.norm(x_btd, stack['final_norm'], stack.get('final_norm_bias'), config.norm_eps)
+
+
+def head(config: DecoderConfig, params: Mapping[str, Any], x_btd: jax.Array) -> jax.Array:
+  """The logits of normed hidden states, float32 [b, t, v]."""
   kernel = (
       params['shared']['embedding'].T if config.tie_embeddings else params['lm_head']['kernel']
   )
@@ -208,6 +213,7 @@ def forward(
     mesh: Mesh | None = None,
     remat: bool = False,
     microbatches: int = 0,
+    keep_states: bool = False,
 ) -> Output:
   """Logits of every position; see `moejax.model.apply_fn`.
 
@@ -225,21 +231,26 @@ def forward(
   if draws and stacking.is_stacked(params):
     raise UserError('recorded draws are of single layers: unstack the params')
   if stacking.is_stacked(params):
-    x_btd, routings = run_blocks(
-        config, params['decoder'], x_btd, context, key, mesh, remat, microbatches
+    x_btd, routings, states = run_blocks(
+        config, params['decoder'], x_btd, context, key, mesh, remat, microbatches, keep_states
     )
   elif mesh is not None and mesh.shape['pipeline'] > 1:
     raise UserError('a mesh with a pipeline needs stacked layers: set train.scan_layers = true')
   else:
-    x_btd, routings = run_layers(
-        config, params['decoder'], x_btd, context, key, mesh, remat, draws or {}
+    x_btd, routings, states = run_layers(
+        config, params['decoder'], x_btd, context, key, mesh, remat, draws or {}, keep_states
     )
-  return Output(head(config, params, x_btd), routings)
+  x_btd = final_norm(config, params, x_btd)
+  kept = None if states is None else {'decoder': states.at[-1].set(x_btd)}
+  return Output(head(config, params, x_btd), routings, states=kept)
 
 
-def run_layers(config, stack, x_btd, context, key, mesh, remat, draws):
-  """All layers in turn: the final hidden states before the norm, and the routings by path."""
-  routings = {}
+def run_layers(config, stack, x_btd, context, key, mesh, remat, draws, keep_states=False):
+  """All layers in turn: hidden states before the last norm, routings by path, all states or None.
+
+  States are what each layer gives, [layers, b, t, d].
+  """
+  routings, given = {}, []
   for i in range(config.num_layers):
     module = layer_module(config, i, mesh, key is not None)
     own = dataclasses.replace(context, draws=draws.get(f'decoder/layers_{i}/ffn'))
@@ -252,10 +263,13 @@ def run_layers(config, stack, x_btd, context, key, mesh, remat, draws):
     )
     if routing is not None:
       routings[f'decoder/layers_{i}/ffn'] = routing
-  return x_btd, routings
+    given.append(x_btd)
+  return x_btd, routings, jnp.stack(given) if keep_states else None
 
 
-def run_blocks(config, stack, x_btd, context, key, mesh, remat, microbatches=0):
+def run_blocks(
+    config, stack, x_btd, context, key, mesh, remat, microbatches=0, keep_states=False
+):
   """`run_layers` for stacked layers: a scan, or a pipeline where the mesh has stages."""
 
   def run(j, params, x, context, key):
@@ -266,13 +280,18 @@ def run_blocks(config, stack, x_btd, context, key, mesh, remat, microbatches=0):
   stages = 1 if mesh is None else mesh.shape['pipeline']
   if stages == 1:
     step = stacking.period(config)
-    x_btd, routings = blocks.scan(step, own, x_btd, context, key, run, remat=remat)
+    x_btd, routings, states = blocks.scan(
+        step, own, x_btd, context, key, run, remat=remat, keep_states=keep_states
+    )
+  elif keep_states:
+    raise UserError('hidden states are not kept over a pipeline: set mesh.pipeline = 1')
   else:
+    states = None
     x_btd, routings = blocks.pipeline(
         config, own, x_btd, context, key, run, mesh=mesh, microbatches=microbatches or stages,
         remat=remat,
     )
-  return x_btd, blocks.by_path(config, routings)
+  return x_btd, blocks.by_path(config, routings), states
 
 
 def empty_caches(
@@ -314,7 +333,8 @@ def step(
     own = {'params': params['decoder'][f'layers_{i}']}
     x_btd, _, cache = run(own, x_btd, context, caches[i], at)
     new.append(cache)
-  return head(config, params, x_btd[:, -1:])[:, 0], tuple(new)
+  x_btd = final_norm(config, params, x_btd[:, -1:])
+  return head(config, params, x_btd)[:, 0], tuple(new)
 
 
 @functools.partial(jax.jit, static_argnames=('module',))

@@ -93,6 +93,7 @@ class Stack(nn.Module):
   mesh: Mesh | None = None
   train: bool = False
   remat: bool = False
+  keep_states: bool = False
 
   def setup(self):
     c = self.config
@@ -129,22 +130,26 @@ class Stack(nn.Module):
 
   def __call__(
       self, x: jax.Array, mask: jax.Array | None, source_bsd=None, source_mask=None
-  ) -> tuple[jax.Array, dict[str, Routing]]:
+  ) -> tuple[jax.Array, dict[str, Routing], jax.Array | None]:
+    """Final hidden states, routings by path and, if they are kept, all layers' states."""
     x = self.dropout(x)
     bias = self.bias(x.shape[1], mask)
     source_bias = attention.mask_bias(source_mask, x.shape[1], causal=False)
     context = (bias, source_bsd, source_bias, mask)
     if self.has_variable('params', stacking.BLOCKS):
-      x, routings = self._run_blocks(x, context)
-      return self.finish(x), routings
-    routings = {}
+      x, routings, states = self._run_blocks(x, context)
+      x = self.finish(x)
+      return x, routings, None if states is None else states.at[-1].set(x)
+    routings, given = {}, []
     for i, layer in enumerate(self.layers):
       x, routing = layer(x, *context)
       if routing is not None:
         routings[f'{self.stack}/layers_{i}/ffn'] = routing
-    return self.finish(x), routings
+      given.append(x)
+    x = self.finish(x)
+    return x, routings, jnp.stack([*given[:-1], x]) if self.keep_states else None
 
-  def _run_blocks(self, x: jax.Array, context: Any) -> tuple[jax.Array, dict[str, Routing]]:
+  def _run_blocks(self, x: jax.Array, context: Any) -> Any:
     """The layers where their params are stacked; each draws from a key of its number."""
     c = self.config
     sparse = c.sparse_layers(self.stack)
@@ -155,11 +160,11 @@ class Stack(nn.Module):
       return layer.apply({'params': params}, x, *context, rngs=blocks.layer_keys(key))
 
     key = self.make_rng('dropout') if self.train else None
-    x, routings = blocks.scan(
+    x, routings, states = blocks.scan(
         stacking.period(c, self.stack), self.get_variable('params', stacking.BLOCKS), x, context,
-        key, run, remat=self.remat,
+        key, run, remat=self.remat, keep_states=self.keep_states,
     )
-    return x, blocks.by_path(c, routings, self.stack)
+    return x, blocks.by_path(c, routings, self.stack), states
 
 
 class Shared(nn.Module):
@@ -197,9 +202,10 @@ class SwitchTransformer(nn.Module):
   train: bool = False
   remat: bool = False
   dtype: jnp.dtype = jnp.float32
+  keep_states: bool = False
 
   def setup(self):
-    args = (self.mesh, self.train, self.remat)
+    args = (self.mesh, self.train, self.remat, self.keep_states)
     self.shared = Shared(self.config)
     self.encoder = Stack(self.config, 'encoder', *args)
     self.decoder = Stack(self.config, 'decoder', *args)
@@ -217,11 +223,15 @@ class SwitchTransformer(nn.Module):
     return linear(x_btd, self.lm_head(), preferred=jnp.float32)
 
   def __call__(self, encoder_tokens, decoder_tokens, encoder_mask=None, decoder_mask=None):
-    encoded, routings = self.encoder(self.embed(encoder_tokens), encoder_mask)
-    decoded, decoder_routings = self.decoder(
+    encoded, routings, of_source = self.encoder(self.embed(encoder_tokens), encoder_mask)
+    decoded, decoder_routings, of_target = self.decoder(
         self.embed(decoder_tokens), decoder_mask, encoded, encoder_mask
     )
-    return Output(self.logits(decoded), {**routings, **decoder_routings}, encoded)
+    states = None
+    if of_source is not None and of_target is not None:
+      states = {'encoder': of_source, 'decoder': of_target}
+    routings |= decoder_routings
+    return Output(self.logits(decoded), routings, encoder_bsd=encoded, states=states)
 
 
 def forward(
@@ -236,6 +246,7 @@ def forward(
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
     remat: bool = False,
+    keep_states: bool = False,
 ) -> Output:
   """Logits of every decoder position; see `moejax.model.apply_fn`.
 
@@ -245,7 +256,9 @@ def forward(
   rngs = None
   if key is not None:
     rngs = {'dropout': jax.random.fold_in(key, 0), 'router': jax.random.fold_in(key, 1)}
-  output: Any = SwitchTransformer(config, mesh, key is not None, remat, dtype).apply(
+  output: Any = SwitchTransformer(
+      config, mesh, key is not None, remat, dtype, keep_states
+  ).apply(
       {'params': params}, encoder_tokens, decoder_tokens, encoder_mask, decoder_mask, rngs=rngs
   )
   return output

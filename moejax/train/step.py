@@ -57,6 +57,7 @@ def forward(
     *,
     key: jax.Array | None = None,
     mesh: Mesh | None = None,
+    keep_states: bool = False,
 ) -> model.Output:
   """Applies the model to a batch as the run says; with a key in training mode."""
   train = experiment.train
@@ -66,7 +67,7 @@ def forward(
     extra['microbatches'] = train.pipeline_microbatches
   return model.forward(
       experiment.model, params, batch, key=key, dtype=jnp.dtype(train.compute_dtype), mesh=mesh,
-      remat=train.remat and key is not None, **extra,
+      remat=train.remat and key is not None, keep_states=keep_states, **extra,
   )
 
 
@@ -120,16 +121,23 @@ def loss_fn(
     teacher: whose logits the student is held to, as `experiment.distill` says.
   """
   plain = teacher is not None and experiment.distill.deterministic
-  output = forward(experiment, params, batch, key=None if plain else key, mesh=mesh)
+  output = forward(
+      experiment, params, batch, key=None if plain else key, mesh=mesh,
+      keep_states=teacher is not None and experiment.distill.hidden_weight > 0,
+  )
   losses, hits = cross_entropy(output.logits_btv, batch['targets'])
   cross = jnp.sum(losses * batch['weights']) / total_weight
   balance = balance_loss(experiment.model, output.routings, batch) / parts
   z = sum((r.z_loss for r in output.routings.values()), jnp.float32(0)) / parts
   loss, extra = cross, {}
   if teacher is not None:
-    kl = distillation(experiment, teacher, output.logits_btv, batch, total_weight, parts, mesh)
-    loss = experiment.distill.task_weight * cross + experiment.distill.weight * kl
+    how = experiment.distill
+    kl, apart = distillation(experiment, teacher, output, batch, total_weight, parts, mesh)
+    loss = how.task_weight * cross + how.weight * kl
     extra['distillation'] = kl
+    if apart is not None:
+      loss = loss + how.hidden_weight * apart
+      extra['hidden'] = apart
   if experiment.model.moe is not None:
     moe = experiment.model.moe
     loss = loss + moe.router_aux_loss_coef * balance + moe.router_z_loss_coef * z
@@ -147,22 +155,28 @@ def loss_fn(
 
 
 def distillation(
-    experiment: config_lib.Experiment, teacher: model.Model, logits_btv: jax.Array, batch: Batch,
+    experiment: config_lib.Experiment, teacher: model.Model, output: model.Output, batch: Batch,
     total_weight: jax.Array, parts: int, mesh: Mesh | None,
-) -> jax.Array:
-  """`distill.logit_loss` of a microbatch, as its part of the loss of the whole batch."""
-  theirs = model.forward(
+) -> tuple[jax.Array, jax.Array | None]:
+  """`distill.logit_loss` of a microbatch, as its part of the loss of the whole batch.
+
+  And, where states are kept, `distill.hidden_loss`; microbatches have its mean.
+  """
+  theirs = jax.lax.stop_gradient(model.forward(
       teacher.config, teacher.params, batch, dtype=jnp.dtype(experiment.train.compute_dtype),
-      mesh=mesh,
-  ).logits_btv
-  how = experiment.distill
+      mesh=mesh, keep_states=output.states is not None,
+  ))
+  how, apart = experiment.distill, None
   kl = distill.logit_loss(
-      logits_btv, jax.lax.stop_gradient(theirs), batch['weights'], temperature=how.temperature,
+      output.logits_btv, theirs.logits_btv, batch['weights'], temperature=how.temperature,
       reduction=how.reduction,
   )
+  if output.states is not None and theirs.states is not None:
+    ours = list(output.states.values())
+    apart = distill.hidden_loss(ours, list(theirs.states.values()), how.hidden_form) / parts
   if how.reduction == 'published':
-    return kl / parts
-  return kl * jnp.sum(batch['weights']) / total_weight
+    return kl / parts, apart
+  return kl * jnp.sum(batch['weights']) / total_weight, apart
 
 
 def balance_loss(

@@ -103,12 +103,14 @@ def tokens(seed=0, length=13):
 def run_torch(model, ids, routers=False):
   import torch
   kwargs = dict(output_router_logits=True) if routers else {}
+  kwargs['output_hidden_states'] = True
   with torch.no_grad():
     return model(input_ids=torch.tensor(ids), **kwargs)
 
 
 def run_ours(model, ids):
-  return jax.jit(lambda p, x: apply_fn(model.config, p, x))(model.params, jnp.asarray(ids))
+  run = jax.jit(lambda p, x: apply_fn(model.config, p, x, keep_states=True))
+  return run(model.params, jnp.asarray(ids))
 
 
 def assert_close(ours, theirs):
@@ -133,6 +135,9 @@ def test_models_agree_both_ways(name, tmp_path):
   model = convert.from_hf(tmp_path / 'theirs')
   output = run_ours(model, ids)
   assert_close(output.logits_btv, expected.logits)
+  for ours, theirs in zip(output.states['decoder'], expected.hidden_states[1:], strict=True):
+    size = theirs.abs().max()
+    assert_close(ours / float(size), theirs / size)
   if moe:
     found = list(output.routings.values())
     assert len(found) == len(expected.router_logits) == len(model.config.sparse_layers())

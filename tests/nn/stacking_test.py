@@ -47,7 +47,7 @@ def test_shapes_stack_as_arrays_do():
 
 def test_an_encoder_decoder_is_the_same_stacked_and_sharded():
   def loss(p, mesh, remat):
-    output = model.forward(CONFIG, p, batch(), mesh=mesh, remat=remat)
+    output = model.forward(CONFIG, p, batch(), mesh=mesh, remat=remat, keep_states=True)
     balance = sum(r.load_balance_loss for r in output.routings.values())
     return jnp.mean(output.logits_btv**2) + balance, output
 
@@ -59,6 +59,9 @@ def test_an_encoder_decoder_is_the_same_stacked_and_sharded():
   assert wi.shape == (2, 4, 16, 32) and wi.addressable_shards[0].data.shape == (2, 2, 8, 16)
   (_, got), got_grads = run(stacked, mesh, True)
   assert list(got.routings) == list(want.routings)
+  assert {name: s.shape for name, s in want.states.items()} == {
+      'encoder': (4, 4, 11, 16), 'decoder': (2, 4, 7, 16)}
+  np.testing.assert_array_equal(want.states['encoder'][-1], want.encoder_bsd)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), got, want)
   jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * float(jnp.abs(b).max()) + 1e-9),
@@ -78,7 +81,7 @@ def test_each_layer_has_its_own_key():
   run = lambda j, p, x, context, key: (x, jax.random.key_data(key))
   step, key = 2, jax.random.key(0)
   stacked = {f'layer_{j}': jnp.zeros((3, 1)) for j in range(step)}
-  _, keys = blocks.scan(step, stacked, jnp.zeros(1), None, key, run)
+  _, keys, _ = blocks.scan(step, stacked, jnp.zeros(1), None, key, run)
   for layer in range(6):
     want = jax.random.key_data(jax.random.fold_in(key, layer))
     np.testing.assert_array_equal(keys[layer % step][layer // step], want)

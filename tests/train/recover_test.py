@@ -74,26 +74,34 @@ def test_a_merged_model_trains_and_keeps_its_map(teacher):
   assert 'distillation' not in history[0]
 
 
-@pytest.mark.parametrize('reduction, accumulate', (
-    ('token', 2), ('published', 2),
+@pytest.mark.parametrize('reduction, accumulate, form', (
+    ('token', 2, ''), ('published', 2, ''), ('published', 1, 'mse'), ('published', 1, 'cosine'),
 ))
-def test_the_loss_is_that_of_the_formula(teacher, reduction, accumulate):
+def test_the_loss_is_that_of_the_formula(teacher, reduction, accumulate, form):
   setup, model = teacher
   student = student_of(teacher, moejax.prune('reap', experts=2))
   experiment = changed(
       setup.experiment, student, distill__weight=0.3, distill__task_weight=0.7,
       distill__reduction=reduction, train__accumulate=accumulate, distill__teacher='given',
+      distill__hidden_weight=0.5 if form else 0.0, distill__hidden_form=form or 'mse',
       model__moe__router_aux_loss_coef=0.0, model__moe__router_z_loss_coef=0.0,
   )
   batch = batches(setup)[0]
   _, history = run(experiment, student, model, batch, steps=1)
   mask = batch['encoder_tokens'] != experiment.model.pad_id
-  logits = [m.apply(batch['encoder_tokens'], batch['decoder_tokens'], encoder_mask=mask).logits_btv
-            for m in (student, model)]
+  outputs = [
+      m.apply(batch['encoder_tokens'], batch['decoder_tokens'], encoder_mask=mask, keep_states=True)
+      for m in (student, model)
+  ]
+  logits = [output.logits_btv for output in outputs]
   want = distill.logit_loss(*logits, batch['weights'], reduction=reduction)
+  hidden = 0.0
+  if form:
+    hidden = float(distill.hidden_loss(*(list(o.states.values()) for o in outputs), form))
+    assert history[0]['hidden'] == pytest.approx(hidden, rel=1e-4)
   assert history[0]['distillation'] == pytest.approx(float(want), rel=1e-4)
   assert history[0]['loss'] == pytest.approx(
-      0.7 * history[0]['cross_entropy'] + 0.3 * float(want), rel=1e-4
+      0.7 * history[0]['cross_entropy'] + 0.3 * float(want) + 0.5 * hidden, rel=1e-4
   )
 
 
