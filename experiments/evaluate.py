@@ -14,8 +14,8 @@ from typing import Any
 from absl import flags
 
 from experiments import flags as common
+from moejax import account, evaluate, files, progress
 from moejax import config as config_lib
-from moejax import evaluate, files, progress
 from moejax import model as model_lib
 from moejax.data import batches as batches_lib
 from moejax.data import text
@@ -38,6 +38,11 @@ _SAMPLE_LENGTH = flags.DEFINE_integer(
 _EXAMPLES = flags.DEFINE_integer(
     'examples', 0, 'Also return so many passages with the words the model would fill in.',
     lower_bound=0,
+)
+_ACCOUNT = flags.DEFINE_bool(
+    'account', False,
+    'Also count bytes, parameters, non-zeros and FLOPs of the model, each layer and each part, '
+    'and foresee the most memory that a pass over one sample takes.'
 )
 _OUT = flags.DEFINE_string('out', None, 'Also write the JSON to this file.')
 
@@ -85,6 +90,14 @@ def measure(folder: str, against: str | None) -> dict[str, Any]:
   result['seconds'] = round(time.monotonic() - start, 3)
   if against:
     result['against'] = against
+  if _ACCOUNT.value:
+    result['account'] = {
+        **account.summary(model.params, model.config),
+        'nonzeros': account.nonzeros(model.params),
+        'forward_peak_bytes': account.peak_bytes(model.config, model.params),
+        'layers': account.layers(model.params, model.config),
+        'parts': account.parts(model.params, model.config),
+    }
   if _ABLATE.value and model.config.moe is not None:
     cut = run(evaluate.without_experts(model.params), 'without experts')
     result['zeroed_experts'] = {

@@ -122,6 +122,11 @@ def abstract(params: Any) -> Any:
   return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), params)
 
 
+def is_abstract(params: Any) -> bool:
+  """Whether an array has a shape and no values."""
+  return any(isinstance(a, jax.ShapeDtypeStruct) for a in jax.tree.leaves(params))
+
+
 def count(params: Any) -> int:
   """Logical parameters: a weight node counts the weights it stands for."""
   total = 0

@@ -16,12 +16,14 @@ from moejax.account.counts import (
   of_source,
   parameters,
   part_of,
+  parts,
   path_flops,
   resident_bytes,
   shapes,
   stored_bits,
   summary,
 )
+from moejax.account.peak import peak_bytes
 from moejax.account.predicted import (
   expected_zero_share,
   low_rank_sparse_node,
@@ -46,7 +48,9 @@ __all__ = [
     'packed_node',
     'parameters',
     'part_of',
+    'parts',
     'path_flops',
+    'peak_bytes',
     'published_sizes',
     'published_table',
     'resident_bytes',

@@ -183,8 +183,8 @@ def summary(
 ) -> dict[str, Any]:
   """The model's account as a report has it: bytes, parameters, active parameters, FLOPs a token.
 
-  Non-zeros are not in it (`nonzeros` reads the weights); what a step's work takes is its report's
-  peak_host_bytes.
+  Non-zeros are not in it (`nonzeros` reads the weights), nor what a pass takes (`peak_bytes`); what
+  a step's work takes is its report's peak_host_bytes.
   """
   flat = tree.flatten(params)
   expert = {path: leaf for path, leaf in flat.items() if part_of(path) == 'experts'}
@@ -215,15 +215,32 @@ def layers(
 ) -> list[dict[str, Any]]:
   """One row for each layer (and 'shared', 'lm_head', the stacks' own weights), in model order.
 
-  FLOPs are those of the layer's matmuls over one sample; attention scores are left out.
+  FLOPs are those of the layer's matmuls over one sample; attention scores are left out. Non-zeros
+  are counted where a row's weights have values, else None.
   """
+
+  def layer_of(path: str) -> str:
+    names = path.split('/')
+    of_stack = len(names) > 1 and names[1].startswith('layers_')
+    return '/'.join(names[:2]) if of_stack else names[0]
+
+  return _rows(params, config, layer_of, source, target)
+
+
+def parts(
+    params: Mapping[str, Any], config: ModelConfig, *, source: int = 512, target: int = 114
+) -> list[dict[str, Any]]:
+  """`layers`, but a row for each part of the model (`part_of`)."""
+  return _rows(params, config, part_of, source, target)
+
+
+def _rows(params, config, name_of, source, target) -> list[dict[str, Any]]:
   rows: dict[str, dict[str, Any]] = {}
   for path, leaf in tree.flatten(params).items():
-    names = path.split('/')
-    name = '/'.join(names[:2]) if len(names) > 1 and names[1].startswith('layers_') else names[0]
-    row = rows.setdefault(name, {
-        'path': name, 'sparse': False, 'parameters': 0, 'active_parameters': 0,
-        'stored_bits': 0, 'expert_bits': 0, 'expert_parameters': 0, 'flops': 0.0,
+    row = rows.setdefault(name_of(path), {
+        'path': name_of(path), 'sparse': False, 'parameters': 0, 'active_parameters': 0,
+        'nonzeros': 0, 'stored_bits': 0, 'resident_bytes': 0, 'expert_bits': 0,
+        'expert_parameters': 0, 'flops': 0.0,
     })
     size, bits = math.prod(leaf.shape), stored_bits(leaf)
     met = _met(path, leaf, config)
@@ -231,7 +248,12 @@ def layers(
     row['parameters'] += 0 if _is_map(path) else _own(leaf)
     row['active_parameters'] += met
     row['stored_bits'] += bits
+    row['resident_bytes'] += resident_bytes({path: leaf})
     row['flops'] += path_flops(path, leaf, config, source, target)
+    if tree.is_abstract(leaf):
+      row['nonzeros'] = None
+    elif row['nonzeros'] is not None and not _is_map(path):
+      row['nonzeros'] += _nonzeros(leaf)
     if expert:
       row['sparse'] = True
       row['expert_bits'] += bits

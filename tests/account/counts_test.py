@@ -1,5 +1,6 @@
 """Bytes, parameters and operations against hand counts and real nodes."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -73,6 +74,31 @@ def test_summary_and_layers_count_compressed_nodes(params):
   row = next(r for r in rows if r['path'] == 'encoder/layers_1')
   assert row['expert_bits_per_weight'] == (16 * node.size + node.bits()) / (2 * node.size)
   assert account.summary(tree.abstract(packed), CONFIG) == after
+  assert all(r['nonzeros'] is None for r in rows if r['path'] != 'encoder/layers_1')
+
+
+def test_rows_of_layers_and_of_parts_add_up_to_the_model():
+  node = ternary_node((4, 16, 32), 0.8)
+  params = model.init_params(CONFIG, jax.random.key(0))
+  params = tree.replace(params, 'encoder/layers_1/ffn/experts/wi', node)
+  params = tree.replace(params, 'decoder/final_norm', jnp.array([0.0, 1.0] * 8))
+  layers, parts = account.layers(params, CONFIG), account.parts(params, CONFIG)
+  whole = account.summary(params, CONFIG)
+  assert {row['path']: row['stored_bytes'] for row in parts} == whole['bytes_by_part']
+  for rows in (layers, parts):
+    total = lambda name, rows=rows: sum(row[name] for row in rows)
+    assert total('nonzeros') == account.nonzeros(params) < whole['parameters']
+    assert total('resident_bytes') == whole['resident_bytes']
+    assert total('parameters') == whole['parameters']
+  assert next(r['nonzeros'] for r in layers if r['path'] == 'decoder') == (
+      8 + CONFIG.relative_attention_num_buckets * CONFIG.num_heads)
+
+
+def test_the_peak_grows_with_the_batch_and_holds_weights_and_logits(params):
+  one, many = (account.peak_bytes(CONFIG, params, n, 32, 16) for n in (1, 8))
+  least = account.resident_bytes(params) + 4 * (48 + 16 * 64)
+  assert least < one < many
+  assert many - one >= 7 * 4 * (48 + 16 * 64)
 
 
 def test_a_folder_counts_as_its_params(tmp_path, params):

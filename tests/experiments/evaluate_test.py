@@ -29,7 +29,8 @@ def test_prints_json_of_everything_asked(flags, tmp_path):
   out = tmp_path / 'result.json'
   done = common.run(
       'evaluate', model=flags['checkpoint'], data=flags['test_files'], against=flags['checkpoint'],
-      bigram=flags['train_files'], ablate='true', examples='1', max_batches='1', out=str(out),
+      bigram=flags['train_files'], ablate='true', examples='1', max_batches='1', account='true',
+      out=str(out),
   )
   assert done.returncode == 0, done.stderr
   result = json.loads(done.stdout)
@@ -41,6 +42,10 @@ def test_prints_json_of_everything_asked(flags, tmp_path):
   # Random words of a skewed distribution: the bigram knows the distribution, the model nothing.
   assert 0 < result['bigram_content_loss'] < result['content_loss']
   assert set(result['routing']) == {'encoder/layers_0/ffn', 'decoder/layers_0/ffn'}
+  counted = result['account']
+  assert 0 < counted['nonzeros'] <= counted['parameters']
+  assert counted['nonzeros'] == sum(row['nonzeros'] for row in counted['layers'])
+  assert counted['forward_peak_bytes'] > counted['resident_bytes'] >= counted['stored_bytes']
   assert result['examples'][0]['pieces'] and result['examples'][0]['fills']
 
 
