@@ -67,11 +67,12 @@ def compress(
     statistics: of this model, for a first step that wants some; None measures them on `batches`.
     progress: show a progress bar.
 
-  The report has 'steps' (transform, seconds, peak_host_bytes), 'layers' (a row for each expert
-  matrix: path, expert, transform, bits, bits_per_weight, zeros, relative_output_error,
-  error_before_refit, fallback, tokens, ...), 'before' and 'after' (as `account.summary`, and 'loss'
-  over the validation samples, a mean over their weights; None without any), and 'over_budget', the
-  layers whose groups take more than a search's target_bits.
+  The report has 'model' (family, decoder, experts, choices), 'steps' (transform, seconds,
+  peak_host_bytes), 'layers' (a row for each expert matrix: path, expert, transform, bits,
+  bits_per_weight, zeros, relative_output_error, error_before_refit, fallback, tokens, ...),
+  'before' and 'after' (as `account.summary`, and 'loss' over the validation samples, a mean over
+  their weights; None without any), and 'over_budget', the layers whose groups take more than a
+  search's target_bits.
 
   Raises:
     UserError: no experts to compress, weights already compressed, samples or folders that do not
@@ -86,7 +87,8 @@ def compress(
   data = samples_lib.collect(source.config, batches, validation_batches, sentinel=sentinel)
   origin = str(model) if isinstance(model, (str, Path)) else 'memory'
   report: dict[str, Any] = {
-      'source': origin, 'steps': [], 'layers': [], 'before': account.of_source(source)
+      'source': origin, 'model': _about(source.config), 'steps': [], 'layers': [],
+      'before': account.of_source(source),
   }
   work_root = None if out is None else _work_folder(out, source, steps, data, statistics)
   try:
@@ -96,6 +98,15 @@ def compress(
   except UserError:
     _forget_unbegun(work_root)
     raise
+
+
+def _about(config: config_lib.ModelConfig) -> dict[str, Any]:
+  """What a reader of the report is told of the model."""
+  assert config.moe is not None
+  return {
+      'family': config.family, 'decoder': config.stacks == ('decoder',),
+      'experts': config.moe.num_experts, 'choices': config.moe.top_k,
+  }
 
 
 def _forget_unbegun(work: Path | None) -> None:

@@ -67,7 +67,7 @@ def loss_against_bits(report: Report) -> str:
     picture.text(left - 8, y(tick) + 4, f'{tick:.4g}', 'tick', 'end')
   for octave in range(int(octaves[0]), 5):
     picture.text(x(2.0**octave), height - bottom + 18, f'{2.0**octave:g}', 'tick', 'middle')
-  picture.text(left - 34, 14, 'loss, nats a hidden word (lower is better)', 'axis-name')
+  picture.text(left - 34, 14, f'loss, nats a {report.target} (lower is better)', 'axis-name')
   picture.text(
       WIDTH - right, height - 6, 'bits stored for each expert weight', 'axis-name', 'end'
   )

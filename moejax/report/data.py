@@ -35,12 +35,11 @@ class Fate:
   """What became of a layer's experts.
 
   groups: those that are left, each the experts it was made of, the dominant one first. notes: of
-  each group, a line on why. dropped: those that are in none. transform, method: what did it. A
+  each group, a line on why. dropped: those that are in none. method: by what they were chosen. A
   chain may change a layer several times.
   """
 
   path: str
-  transform: str
   method: str
   groups: tuple[tuple[int, ...], ...]
   notes: tuple[str, ...]
@@ -79,7 +78,10 @@ class Variant:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-  """A run ready to be drawn: the uncompressed model first, then what was made of it."""
+  """A run ready to be drawn: the uncompressed model first, then what was made of it.
+
+  model: its family, whether it is a decoder, its experts a layer and choices a token, where known.
+  """
 
   title: str
   source: str
@@ -88,12 +90,18 @@ class Report:
   baselines: Mapping[str, float]
   facts: Mapping[str, Any]
   training: Mapping[str, Any]
+  model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   fates: tuple[Fate, ...] = ()
   samples: tuple[Mapping[str, Any], ...] = ()
 
   @property
   def before(self) -> Variant:
     return self.variants[0]
+
+  @property
+  def target(self) -> str:
+    """What the loss is a mean over."""
+    return 'next word' if self.model.get('decoder') else 'hidden word'
 
   @property
   def compressed(self) -> tuple[Variant, ...]:
@@ -152,15 +160,14 @@ def _merged(path: str, rows: Sequence[Mapping[str, Any]]) -> Fate:
         *([f'output off by {error:.0%}'] if error is not None else []),
     ]))
   return Fate(
-      path=path, transform=str(rows[0].get('transform', '')), method='', groups=tuple(groups),
-      notes=tuple(notes),
+      path=path, method='', groups=tuple(groups), notes=tuple(notes),
   )
 
 
 def _kept(path: str, row: Mapping[str, Any]) -> Fate:
   scores = row.get('scores') or ()
   return Fate(
-      path=path, transform=str(row.get('transform', '')), method=str(row.get('method', '')),
+      path=path, method=str(row.get('method', '')),
       groups=tuple((e,) for e in row['kept']),
       notes=tuple(f'score {scores[e]:.3g}' if e < len(scores) else '' for e in row['kept']),
       dropped=tuple(row['dropped']),
@@ -216,6 +223,6 @@ def parse(values: Mapping[str, Any]) -> Report:
       title=values.get('title', 'Compression report'), source=str(values.get('source', '')),
       variants=variants, headline=headline, baselines=dict(values.get('baselines') or {}),
       facts=dict(values.get('facts') or {}), training=dict(values.get('training') or {}),
-      samples=tuple(values.get('samples') or ()),
+      samples=tuple(values.get('samples') or ()), model=dict(values.get('model') or {}),
       fates=() if rows else fates(values.get('layers') or ()),
   )

@@ -107,7 +107,7 @@ def _number(value: float | None, form: str, missing: str = '–') -> str:
 
 def _table(report: Report) -> str:
   head = (
-      'Model', 'stored', 'bits an expert weight', 'loss on hidden words', 'change',
+      'Model', 'stored', 'bits an expert weight', f'loss on {report.target}s', 'change',
       'right first guess', 'same first guess as uncompressed', 'seconds to make',
   )
   rows = []

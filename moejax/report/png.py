@@ -79,7 +79,7 @@ def _nothing(axes: Any, text: str) -> None:
 
 def _loss(report: Report, axes: Any) -> None:
   _axes(axes, 'Smaller against worse', 'bits stored for each expert weight',
-        'loss, nats a hidden word')
+        f'loss, nats a {report.target}')
   shown = [v for v in report.variants if v.loss is not None and v.bits]
   if not shown:
     _nothing(axes, 'not measured')

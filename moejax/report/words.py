@@ -7,7 +7,7 @@ from moejax.report.data import Fate, Report, Variant
 
 
 def _of(report: Report, fact: str, default: str) -> str:
-  return str(report.facts.get(fact, default))
+  return str(report.facts.get(fact) or report.model.get(fact) or default)
 
 
 def fewer_bits(report: Report, variant: Variant) -> bool:
@@ -39,8 +39,8 @@ def headline(report: Report) -> str:
   text = ', '.join(parts)
   if best.agreement is not None:
     text += (
-        f'. Asked for a hidden word, the small model gives the same first answer as the large one '
-        f'<b>{best.agreement:.0%}</b> of the time'
+        f'. Asked for a {report.target}, the small model gives the same first answer as the large '
+        f'one <b>{best.agreement:.0%}</b> of the time'
     )
   return text + '.'
 
@@ -122,13 +122,8 @@ def fate(found: Fate) -> str:
 def explanation(report: Report) -> list[tuple[str, str]]:
   """(question, answer) pairs."""
   best, before = report.headline, report.before
-  experts = _of(report, 'experts', 'several')
   answers = [
-      ('What kind of model is this?',
-       f'A language model of the Switch Transformer kind. In some of its layers stands not one '
-       f'network but {experts} of them, called experts, and a small router sends each word to just '
-       'one. So the model can know much while each word costs little work. The price is memory: '
-       'all experts must be kept, whether a word needs them or not.'),
+      _kind(report),
       *((_ternary(),) if any(v.bits and v.bits < 1.6 for v in report.compressed) else ()),
       *((_rounding(),) if any(fewer_bits(report, v) for v in report.compressed) else ()),
       *((_fewer(),) if report.fates else ()),
@@ -136,11 +131,9 @@ def explanation(report: Report) -> list[tuple[str, str]]:
   if before.loss is not None:
     answers.append((
         'What does “loss” mean?',
-        'Words of the test speeches are hidden, and the model says how likely it holds each word '
-        f'at the gap. Loss is how surprised it is by the truth. A loss of {before.loss:.2f} means '
-        f'it is as unsure as somebody choosing among {math.exp(before.loss):,.0f} equally likely '
-        'word pieces; lower is better. Only the hidden words count, since the marks between them '
-        'are almost free to guess.'))
+        f'{_asked(report)} Loss is how surprised it is by the truth. A loss of {before.loss:.2f} '
+        f'means it is as unsure as somebody choosing among {math.exp(before.loss):,.0f} equally '
+        'likely word pieces; lower is better.'))
   base = report.baselines.get('bigram_content_loss')
   if base is not None and before.loss is not None:
     verdict = 'better than' if before.loss < base else 'not yet as good as'
@@ -153,10 +146,39 @@ def explanation(report: Report) -> list[tuple[str, str]]:
   if best.agreement is not None:
     answers.append((
         'What is “agreement”?',
-        'For every hidden word, both the compressed and the original model name their first guess. '
-        'Agreement is how often the two are the same. It says whether the model still behaves as '
-        'it did, which loss alone can hide.'))
+        f'For every {report.target}, both the compressed and the original model name their first '
+        'guess. Agreement is how often the two are the same. It says whether the model still '
+        'behaves as it did, which loss alone can hide.'))
   return answers
+
+
+# Of families whose name is no word.
+_FAMILIES = {
+    'switch': 'Switch Transformer', 'olmoe': 'OLMoE', 'qwen2_moe': 'Qwen2-MoE',
+    'qwen3_moe': 'Qwen3-MoE', 'phimoe': 'Phi-MoE',
+}
+
+
+def _kind(report: Report) -> tuple[str, str]:
+  family = str(report.model.get('family', 'switch'))
+  experts, choices = _of(report, 'experts', 'several'), int(report.model.get('choices', 1))
+  return (
+      'What kind of model is this?',
+      f'A language model of the {_FAMILIES.get(family, family.title())} kind. In some of its '
+      f'layers stands not one network but {experts} of them, called experts, and a small router '
+      f'sends each word to just {"one" if choices == 1 else choices}. So the model can know much '
+      'while each word costs little work. The price is memory: all experts must be kept, whether '
+      'a word needs them or not.',
+  )
+
+
+def _asked(report: Report) -> str:
+  if report.model.get('decoder'):
+    return 'At each place of the test text the model says how likely it holds each next word.'
+  return (
+      'Words of the test text are hidden, and the model says how likely it holds each word at the '
+      'gap; only these words count, since the marks between them are almost free to guess.'
+  )
 
 
 def _ternary() -> tuple[str, str]:

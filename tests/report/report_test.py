@@ -101,6 +101,17 @@ def test_a_single_compression_by_the_contract_alone():
   assert 'find their experts' not in page and checker.pictures == 3
 
 
+def test_a_decoder_with_several_choices_is_told_as_one():
+  values = common.comparison()
+  single = {k: values[k] for k in ('source', 'steps', 'before', 'after', 'layers')}
+  single['model'] = {'family': 'olmoe', 'decoder': True, 'experts': 64, 'choices': 8}
+  page = report.render(report.parse(single))
+  text = ' '.join(check(page).text)
+  assert 'of the OLMoE kind' in text and 'one network but 64 of them' in text
+  assert 'each word to just 8.' in text and 'loss on next words' in text
+  assert 'hidden word' not in text and 'Switch' not in text
+
+
 def test_layers_are_means_over_experts():
   rows = [
       {'path': 'p', 'bits_per_weight': 1.0, 'zeros': 0.5, 'relative_output_error': 0.1},
@@ -215,5 +226,5 @@ def test_every_method_of_pruning_says_why():
   from moejax.report import words
 
   for method in prune.METHODS:
-    one = data.Fate(path='a', transform='prune', method=method, groups=((0,),), notes=('',))
+    one = data.Fate(path='a', method=method, groups=((0,),), notes=('',))
     assert words.fate(one).split('counted by ')[1] != f'{method}.'
