@@ -12,6 +12,7 @@ from experiments.fewer import labelled, training
 from moejax import evaluate, store
 from moejax.data import layout, text
 from moejax.data import tokenizer as tokenizer_lib
+from moejax.errors import UserError
 
 TASK_LENGTH = 128
 
@@ -65,7 +66,11 @@ def of_texts(
 def of_labels(
     folder: pathlib.Path, texts: pathlib.Path, tuned: pathlib.Path, steps: int, size: int
 ) -> tuple[Problem, dict[str, float]]:
-  """The model, fine-tuned to label texts, in `tuned`, where it stays; and how well it does."""
+  """The model, fine-tuned to label texts, in `tuned`, where it stays; and how well it does.
+
+  Raises:
+    UserError: `tuned` holds another model, or one tuned in another way.
+  """
   tokenizer = tokenizer_lib.load(str(folder))
   train, test = labelled.samples(
       texts, store.Source(folder).config, tokenizer, TASK_LENGTH
@@ -76,9 +81,12 @@ def of_labels(
     return training.stacked([train[j] for j in chosen], size)[0]
 
   tune = training.Training(None, steps, size, learning_rate=1e-3)
+  how = {'source': str(folder), 'task': texts.name, 'steps': steps, 'size': size}
   if not (tuned / store.MANIFEST).is_file():
     with tqdm.tqdm(total=steps, desc='fine-tuning', disable=None) as bar:
-      tune(folder, lambda i: (bar.update(), batches(i))[1], test, tuned)
+      tune(folder, lambda i: (bar.update(), batches(i))[1], test, tuned, provenance=how)
+  elif (held := store.Source(tuned).manifest.get('provenance')) != how:
+    raise UserError(f'{tuned} holds a model of {held}, not of {how}: see --tuned')
   problem = Problem(
       folder=tuned, batches=batches, sentinel=tokenizer.first_sentinel, validation=test,
       calibration=lambda count, seed: [train[i] for i in drawn(len(train), count, seed)],

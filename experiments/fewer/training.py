@@ -1,6 +1,6 @@
 """The same short training for every cut model, by configs/recover.py, on batches made once."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import pathlib
@@ -56,13 +56,13 @@ class Training:
 
   def __call__(
       self, folder: pathlib.Path, batch: Callable[[int], Batch], validation: Sequence[Batch],
-      out: pathlib.Path | None = None, train: bool = True,
+      out: pathlib.Path | None = None, train: bool = True, provenance: Mapping[str, Any] = {},
   ) -> dict[str, float]:
     """Trains a folder's model on batch(0), batch(1), ...; loss and accuracy on the validation.
 
     Args:
-      validation: batches of one sample. out: a folder for the trained model. train: False only
-        looks at the model.
+      validation: batches of one sample. out: a folder for the trained model, whose manifest has
+        `provenance`. train: False only looks at the model.
     """
     experiment = self._experiment(folder)
     sentinel = tokenizer_lib.load(str(folder)).first_sentinel
@@ -77,7 +77,7 @@ class Training:
       sums = new if sums is None else jax.tree.map(jnp.add, sums, new)
     if out is not None:
       made = Model(experiment.model, state.params)
-      made.save(out, provenance={'source': str(folder)}, tokenizer_from=folder)
+      made.save(out, provenance=provenance, tokenizer_from=folder)
     weight = float(sums['weight'])
     return {name: float(sums[name]) / weight for name in ('loss', 'accuracy')}
 

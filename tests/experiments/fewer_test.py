@@ -110,3 +110,8 @@ def test_a_task_and_recovery(tmp_path):
   assert row['recovered'] < row['loss'] and 0 <= row['accuracy'] <= 1
   text = (tmp_path / 'page.md').read_text()
   assert all(page.table(result, kind) in text for kind in page.KINDS)
+  done = run(
+      '--model', tmp_path / 'model', '--task', tmp_path / 'texts', '--tuned', tmp_path / 'tuned',
+      '--task_steps', 30, '--out', tmp_path / 'other.json',
+  )
+  assert done.returncode == 2 and "'steps': 60" in done.stderr and '--tuned' in done.stderr
