@@ -54,6 +54,7 @@ class Activations:
     self._before = self.buffer
     self._layer: tuple[int, Any] | None = None
     self._routing: walk.Routed | None = None
+    self._added: np.ndarray | None = None
 
   def _gather(self, index: np.ndarray, buffer: np.ndarray | None = None) -> jax.Array:
     buffer = self.buffer if buffer is None else buffer
@@ -103,8 +104,11 @@ class Activations:
   def reroute(self, config: ModelConfig, leaves: Mapping[str, Any]) -> None:
     """From here on `run_expert` takes the way of a changed router, to the experts to come.
 
+    What the layer adds beside its experts changes too.
+
     Args:
-      config: of the model to come. leaves: what changes in the FFN beside its experts, by path.
+      config: of the model to come. leaves: what changes in the FFN, by path; experts only where
+        the router looks at them.
     """
     assert self._layer is not None
     index, params = self._layer
@@ -113,17 +117,23 @@ class Activations:
     })
     if self._before is self.buffer:
       self._before = self.buffer.copy()
+    if self._added is not None:
+      self.buffer -= self._added
     found: dict[str, np.ndarray] = {}
     for batch in self.batches:
       place = batch.index[self.stack]
       x = self._gather(place, self._before)
-      routed = walk.route(config, self.stack, index, changed, x, jnp.asarray(place >= 0))
+      routed, beside = walk.route(config, self.stack, index, changed, x, jnp.asarray(place >= 0))
       self._scatter(found, routed, place)
+      if beside is not None:
+        real = place >= 0
+        self.buffer[place[real]] += np.asarray(beside)[real]
     self._way = _joined(found)
 
   def _start_experts(self, params, added) -> None:
     once = self.routing.choice.shape[1] == 1 and added is None
     self._before = self.buffer if once else self.buffer.copy()
+    self._added = added
     if added is not None:
       self.buffer += added
     omega = tree.flatten(params).get('ffn/omega')

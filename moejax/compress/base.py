@@ -90,6 +90,15 @@ class Transform:
     del plan
     return config
 
+  def settle(self, config: ModelConfig, rows: Sequence[Mapping[str, Any]]) -> ModelConfig:
+    """`reconfigure`'s configuration with what only the layers that are done, their rows, tell."""
+    del rows
+    return config
+
+  def view(self, source: Any) -> Any:
+    """The source as this transform reads it."""
+    return source
+
   def takes(self, path: str) -> bool:
     """Whether this transform changes the FFN layer at `path` ('encoder/layers_1/ffn')."""
     del path

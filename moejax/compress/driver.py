@@ -83,7 +83,7 @@ def compress(
   if out is not None:
     _check_out(out, model)
   source = sources.open_source(model)
-  base.target_layers(steps[0], source)
+  base.target_layers(steps[0], steps[0].view(source))
   data = samples_lib.collect(source.config, batches, validation_batches, sentinel=sentinel)
   origin = str(model) if isinstance(model, (str, Path)) else 'memory'
   report: dict[str, Any] = {
@@ -102,11 +102,9 @@ def compress(
 
 def _about(config: config_lib.ModelConfig) -> dict[str, Any]:
   """What a reader of the report is told of the model."""
-  assert config.moe is not None
-  return {
-      'family': config.family, 'decoder': config.stacks == ('decoder',),
-      'experts': config.moe.num_experts, 'choices': config.moe.top_k,
-  }
+  own = {'family': config.family, 'decoder': config.stacks == ('decoder',)}
+  moe = config.moe
+  return own if moe is None else {**own, 'experts': moe.num_experts, 'choices': moe.top_k}
 
 
 def _forget_unbegun(work: Path | None) -> None:
@@ -229,14 +227,15 @@ def _work_folder(
 
 def _run_pass(source, step, data, work, target, origin, plans, progress, statistics) -> Result:
   """One transform over the whole model, then the model written."""
+  source = step.view(source)
   targets = base.target_layers(step, source)
   plan = _plan(source, step, data, work, progress, statistics)
   plans.append(plan)
-  config = step.reconfigure(source.config, plan)
   walked = walker.Walk(
       source, data, step=step, plan=plan, work=work, targets=targets, progress=progress
   )
   walked.run()
+  config = step.settle(step.reconfigure(source.config, plan), walked.rows)
   leaves = _leaves(source, walked)
   report = {'rows': walked.rows, 'loss': walked.loss}
   states = {stack: acts.buffer for stack, acts in walked.stacks.items()}
@@ -245,7 +244,7 @@ def _run_pass(source, step, data, work, target, origin, plans, progress, statist
     made = Model(config, tree.unflatten(flat))
     return Result(model=made, folder=None, report=report, states=states)
   provenance: dict[str, Any] = {'source': origin, 'compression': [step.describe()]}
-  folder = source.folder if isinstance(source, sources.FolderSource) else None
+  folder = getattr(source, 'folder', None)
   if folder is not None:
     earlier = source.manifest.get('provenance') or {}
     provenance |= {name: earlier[name] for name in ('trained',) if name in earlier}
@@ -294,10 +293,18 @@ def _leaves(source, walked):
   for path in source.paths():
     layer, found, name = path.partition('/experts/')
     if found and layer in walked.changed:
-      yield path, parts.join(
-          part for group in walked.groups(layer) for part in group.parts.get(name, ())
-      )
+      yield path, _joined(walked, layer, name)
     else:
       yield path, walked.leaves[path] if path in walked.leaves else source.read(path)
   there = set(source.paths())
+  for layer in sorted(walked.changed):
+    for name in next(walked.groups(layer)).parts:
+      if (path := f'{layer}/experts/{name}') not in there:
+        yield path, _joined(walked, layer, name)
   yield from ((path, leaf) for path, leaf in walked.leaves.items() if path not in there)
+
+
+def _joined(walked, layer, name):
+  return parts.join(
+      part for group in walked.groups(layer) for part in group.parts.get(name, ())
+  )

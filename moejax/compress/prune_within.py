@@ -98,7 +98,7 @@ class PruneUnits(_Within):
 
   def _count(self, config: ModelConfig) -> int:
     moe: Any = config.moe
-    width = moe.d_ff or config.d_ff
+    width = moe.width(config.d_ff)
     count = width - math.floor(width * (self.ratio or 0) + 1e-9)
     count = count if self.units is None else self.units
     if not 1 <= count <= width:

@@ -1,14 +1,17 @@
 """Where a compression reads weights from: a model folder, or params in memory."""
 
 from collections.abc import Mapping
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from moejax import store, tree
-from moejax.config import ModelConfig
+from moejax.config import DecoderConfig, DecoderMoeConfig, EncDecMoeConfig, ModelConfig
+from moejax.config.selection import SelectionConfig
 from moejax.errors import UserError
 from moejax.model import Model, check_source
 from moejax.weights import WeightNode
@@ -56,6 +59,70 @@ class FolderSource(store.Source):
     return hashlib.sha256(repr(sorted(
         (name, entry['sha256']) for name, entry in self.manifest['files'].items()
     )).encode()).hexdigest()
+
+
+class OneExpert:
+  """A dense model as one whose every layer has a single expert; see `as_one_expert`."""
+
+  def __init__(self, source: Any):
+    self._source = source
+    self.config = one_expert_config(source.config)
+    self._names: dict[str, str] = {}
+    for path in source.paths():
+      layer, found, name = path.partition('/ffn/')
+      if found and name in _INNER:
+        self._names[f'{layer}/ffn/experts/{name}'] = path
+      else:
+        self._names[path] = path
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._source, name)
+
+  def paths(self) -> tuple[str, ...]:
+    return tuple(self._names)
+
+  def _own(self, path: str) -> str:
+    if path not in self._names:
+      raise UserError(f'the model has no parameter {path!r}')
+    return self._names[path]
+
+  def read(self, path: str) -> Any:
+    leaf = self._source.read(self._own(path))
+    return np.asarray(leaf)[None] if '/experts/' in path else leaf
+
+  def read_expert(self, path: str, index: int) -> np.ndarray:
+    if index:
+      raise UserError(f'{path} has one expert, not {index + 1}')
+    return np.asarray(self._source.read(self._own(path)))
+
+  def abstract(self, path: str) -> Any:
+    leaf = self._source.abstract(self._own(path))
+    if '/experts/' in path:
+      return jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype)
+    return leaf
+
+
+# What an expert holds of a dense FFN.
+_INNER = ('wi', 'gate', 'wo', 'wi_bias', 'gate_bias')
+
+
+def one_expert_config(config: ModelConfig) -> ModelConfig:
+  """A dense model's config with every FFN as one expert that every token meets."""
+  selection = SelectionConfig()
+  common: dict[str, Any] = dict(
+      num_experts=1, top_k=1, router='selection', router_aux_loss_coef=0.0, router_z_loss_coef=0.0
+  )
+  if isinstance(config, DecoderConfig):
+    return dataclasses.replace(config, moe=DecoderMoeConfig(selection=selection, **common))
+  return dataclasses.replace(config, moe=EncDecMoeConfig(
+      selection=selection, encoder_sparse_step=1, decoder_sparse_step=1, router_jitter_noise=0.0,
+      **common,
+  ))
+
+
+def as_one_expert(source: Any) -> Any:
+  """A source of a dense model in the form that steps over experts take; others as they are."""
+  return OneExpert(source) if source.config.moe is None else source
 
 
 def open_source(model: Model | str | Path) -> MemorySource | FolderSource:

@@ -78,7 +78,7 @@ def _encdec_layer(config, stack, kind, params, stack_params, x, mask, source, so
   x = shell.apply(own, x, bias, source, source_bias, method='attend')
   if kind == 'dense':
     return shell.apply(own, x, mask, method='feed_forward')[0], None, None
-  return x, _routed(shell, own, x, mask)[1], None
+  return x, *_routed(shell, own, x, mask)
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'index'))
@@ -90,17 +90,17 @@ def _decoder_layer(config, index, params, x, mask):
   x, _ = shell.apply(own, x, context, method='attend')
   if not shell.sparse:
     return shell.apply(own, x, context, method='feed_forward')[0], None, None
-  normed, routed = _routed(shell, own, x, context)
-  beside = None
-  if config.moe.shared_d_ff:
-    beside = shell.apply(own, normed, method=lambda module, y: module.ffn.beside(y))
-  return x, routed, beside
+  return x, *_routed(shell, own, x, context)
 
 
 def route(
     config: ModelConfig, stack: str, index: int, params: Params, x: jax.Array, mask: jax.Array
-) -> Routed:
-  """Where the tokens of a sparse layer go, x being what `layer` returns before its experts."""
+) -> tuple[Routed, jax.Array | None]:
+  """Where the tokens of a sparse layer go, x being what `layer` returns before its experts.
+
+  And what the layer adds beside its experts, or None. A layer that chooses by its experts' own
+  activations needs them in its params.
+  """
   if isinstance(config, DecoderConfig):
     return _decoder_route(config, _first_alike(config, index), params, x, mask)
   return _encdec_route(config.of_layer(stack, index), stack, params, x, mask)
@@ -108,21 +108,22 @@ def route(
 
 @functools.partial(jax.jit, static_argnames=('config', 'stack'))
 def _encdec_route(config, stack, params, x, mask):
-  return _routed(Layer(config, stack, True), {'params': params}, x, mask)[1]
+  return _routed(Layer(config, stack, True), {'params': params}, x, mask)
 
 
 @functools.partial(jax.jit, static_argnames=('config', 'index'))
 def _decoder_route(config, index, params, x, mask):
   positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], mask.shape)
   context = decoder.make_context(config, positions, positions, length=x.shape[1], valid_bt=mask)
-  return _routed(decoder.layer_module(config, index), {'params': params}, x, context)[1]
+  return _routed(decoder.layer_module(config, index), {'params': params}, x, context)
 
 
-def _routed(shell, own, x, context) -> tuple[jax.Array, Routed]:
-  """The normed input of the experts, and where it goes."""
+def _routed(shell, own, x, context) -> tuple[Routed, jax.Array | None]:
   normed, routing = shell.apply(own, x, context, method='route')
   led = shell.apply(own, routing, method=lambda module, r: module.ffn.lead(r))
-  return normed, Routed(led.choice_mk, led.gate_mk, led.keep_mk, routing.logits_me)
+  routed = Routed(led.choice_mk, led.gate_mk, led.keep_mk, routing.logits_me)
+  beside = shell.apply(own, normed, method=lambda module, y: module.ffn.beside(y))
+  return routed, None if isinstance(beside, int) else beside
 
 
 def _first_alike(config: DecoderConfig, index: int) -> int:

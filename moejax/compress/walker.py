@@ -45,6 +45,12 @@ def dropless(config: ModelConfig) -> Any:
   return dataclasses.replace(config, moe=moe)
 
 
+def by_oracle(config: ModelConfig) -> bool:
+  """Whether tokens choose by the activations of the experts themselves."""
+  selection = None if config.moe is None else config.moe.selection
+  return selection is not None and selection.score == 'oracle'
+
+
 class Context:
   """The `base.LayerContext` of one layer."""
 
@@ -175,10 +181,12 @@ class Walk:
   def _take(self, acts, path, group) -> None:
     """Goes on behind a group of new experts."""
     self.rows.extend(dict(row) for row in group.rows)
+    dense = {name: parts.group_dense(group, name) for name in group.parts}
     if group.leaves:
       self.leaves |= {f'{path}/{name}': leaf for name, leaf in group.leaves.items()}
-      acts.reroute(self.new_config, group.leaves)
-    dense = {name: parts.group_dense(group, name) for name in group.parts}
+      self.new_config = self.step.settle(self.new_config, self.rows)
+      seen = {f'experts/{n}': w for n, w in dense.items()} if by_oracle(self.new_config) else {}
+      acts.reroute(self.new_config, {**group.leaves, **seen})
     if dense:
       self.changed.add(path)
       for i, expert in enumerate(group.experts):

@@ -178,7 +178,7 @@ class DecoderConfig(Checked):
           'model.rope.short_factor', f'{len(self.rope.short_factor)} values',
           f'must be {rotated // 2}, one for each frequency',
       )
-    check_layers(self.moe, len(self.sparse_layers()))
+    check_layers(self.moe, len(self.sparse_layers()), self.d_ff)
 
   @property
   def d_rotated(self) -> int:

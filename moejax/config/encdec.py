@@ -80,11 +80,11 @@ class EncDecConfig(Checked):
       )
     require(0.0 <= self.dropout_rate < 1.0, 'model.dropout_rate', self.dropout_rate, 'in [0, 1)')
     require(
-        self.family == 'switch' or self.moe is None, 'model.moe', self.moe,
-        "must be null for family 't5'",
+        self.family == 'switch' or self.moe is None or self.moe.router == 'selection',
+        'model.moe', self.moe, "must be null for family 't5', or have router 'selection'",
     )
     check_layers(
-        self.moe, sum(len(self.sparse_layers(stack)) for stack in ('encoder', 'decoder'))
+        self.moe, sum(len(self.sparse_layers(stack)) for stack in ('encoder', 'decoder')), self.d_ff
     )
 
   def layers_of(self, stack: str) -> int:

@@ -5,6 +5,7 @@ import dataclasses
 import re
 from typing import Any, ClassVar, Self
 
+from moejax.config.selection import SelectionConfig
 from moejax.errors import UserError, did_you_mean
 from moejax.settings import Checked
 
@@ -12,6 +13,7 @@ from moejax.settings import Checked
 ROUTERS = (
     'switch', 'gshard', 'topk', 'sparsemixer_v1', 'sparsemixer_v2', 'sparsemixer_v2_star',
     'sampled_gating', 'straight_through', 'reinmax', 'reinforce', 'densemixer', 'threshold', 'hash',
+    'selection',
 )
 VARIANTS = ('reference', 'paper')
 BALANCES = ('global', 'local', 'pooled')
@@ -65,6 +67,8 @@ class MoeConfig(Checked):
   merged: the router still chooses among num_experts, and a layer's `expert_map` says to which of
     the fewer experts that it holds a choice leads. sum_groups: it chooses among those instead, each
     by the summed probabilities of all that lead to it.
+  selection: how router 'selection' chooses among the experts of a layer that was dense; each is as
+    wide as the layer was, over their number.
   skip: of each sparse layer, or one for all: a token's second expert is left out where its gate is
     below this share of the first's, which takes over its gate (NAEE, arXiv 2402.14800, 3.3).
   """
@@ -99,6 +103,7 @@ class MoeConfig(Checked):
   merged: bool = False
   sum_groups: bool = False
   skip: tuple[float, ...] = ()
+  selection: SelectionConfig | None = None
 
   def __post_init__(self):
     super().__post_init__()
@@ -109,7 +114,16 @@ class MoeConfig(Checked):
         self.top_k <= self.num_experts, 'moe.top_k', self.top_k,
         f'at most moe.num_experts = {self.num_experts}',
     )
-    least = 1 if self.merged else self.top_k
+    selects = self.router == 'selection'
+    require(
+        selects == (self.selection is not None), 'moe.selection', self.selection,
+        "settings for router 'selection', null for others",
+    )
+    require(
+        not selects or (not self.merged and self.d_ff is None), 'moe.router', self.router,
+        'its experts are not merged, and moe.d_ff is null',
+    )
+    least = 1 if self.merged or selects else self.top_k
     for held in self.layer_experts:
       require(
           least <= held <= self.num_experts, 'moe.layer_experts', self.layer_experts,
@@ -171,6 +185,12 @@ class MoeConfig(Checked):
     """Experts of this layer; of a layer's own config (`of_layer`)."""
     return self.layer_experts[0] if self.layer_experts else self.num_experts
 
+  def width(self, d_ff: int) -> int:
+    """Hidden units of an expert of this layer, where the model's FFNs have d_ff."""
+    if self.selection is None:
+      return self.d_ff or d_ff
+    return (d_ff - getattr(self, 'shared_d_ff', 0)) // self.held
+
   def of_layer(self, place: int) -> Self:
     """The settings of the sparse layer that is `place`-th of the model."""
     own = lambda values: (values[place if len(values) > 1 else 0],)
@@ -178,13 +198,26 @@ class MoeConfig(Checked):
     if self.layer_experts:
       changes['layer_experts'] = held = own(self.layer_experts)
       changes['num_experts'] = self.num_experts if self.merged else held[0]
+      changes['top_k'] = min(self.top_k, changes['num_experts'])
+    if self.selection is not None:
+      changes['selection'] = self.selection.of_layer(place)
+      if self.layer_experts and held[0] == 1 and getattr(self, 'shared_d_ff', 0):
+        changes['shared_d_ff'] = 0
     return dataclasses.replace(self, **changes) if changes else self
 
 
-def check_layers(moe: MoeConfig | None, sparse_layers: int) -> None:
-  """Raises UserError unless the settings of single layers fit the number of sparse layers."""
-  for field in ('layer_experts', 'skip') if moe is not None else ():
-    values = getattr(moe, field)
+def check_layers(moe: MoeConfig | None, sparse_layers: int, d_ff: int) -> None:
+  """Raises UserError unless the settings of single layers fit the sparse layers of a model."""
+  if moe is None:
+    return
+  split = d_ff - getattr(moe, 'shared_d_ff', 0)
+  for held in (moe.layer_experts or (moe.num_experts,)) if moe.selection is not None else ():
+    fits = held == 1 or (split > 0 and split % held == 0)
+    require(fits, 'moe.num_experts', held, f'must divide {split}')
+  lists = {'layer_experts': moe.layer_experts, 'skip': moe.skip}
+  if moe.selection is not None:
+    lists |= {'selection.top_k': moe.selection.top_k, 'selection.tau': moe.selection.tau}
+  for field, values in lists.items():
     require(
         len(values) in (0, 1, sparse_layers), f'moe.{field}', values,
         f'one number for all, or {sparse_layers}, one for each sparse layer',

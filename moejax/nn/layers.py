@@ -108,9 +108,13 @@ class DenseFfn(nn.Module):
 
 
 def ffn_params(
-    module: nn.Module, c: ModelConfig, leading: tuple[int, ...], d_ff: int | None = None
+    module: nn.Module, c: ModelConfig, leading: tuple[int, ...], d_ff: int | None = None,
+    biases: Sequence[str] | None = None,
 ) -> dict[str, Any]:
-  """Declares wi, wo and, in a gated model, gate, with leading axes (the experts), and biases."""
+  """Declares wi, wo and, in a gated model, gate, with leading axes (the experts), and biases.
+
+  biases: of which of these; None for all in a dense FFN of a model that has them.
+  """
   f = d_ff or c.d_ff
   into = normal(c.init_std(c.d_model))
   params = {
@@ -119,8 +123,9 @@ def ffn_params(
   }
   if c.gated:
     params['gate'] = weight(module, 'gate', into, (*leading, c.d_model, f))
-  if not leading and getattr(c, 'ffn_bias', False):
-    for name in ('wi', 'gate') if c.gated else ('wi',):
-      params[f'{name}_bias'] = weight(module, f'{name}_bias', nn.initializers.zeros, (f,))
-    params['wo_bias'] = weight(module, 'wo_bias', nn.initializers.zeros, (c.d_model,))
+  if biases is None:
+    biases = tuple(params) if not leading and getattr(c, 'ffn_bias', False) else ()
+  for name in biases:
+    shape = (*leading, c.d_model if name == 'wo' else f)
+    params[f'{name}_bias'] = weight(module, f'{name}_bias', nn.initializers.zeros, shape)
   return params

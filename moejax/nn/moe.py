@@ -11,7 +11,8 @@ from jax.sharding import Mesh
 from moejax import sharding
 from moejax.config import ModelConfig
 from moejax.nn.layers import ffn_params, norm_params, normal, weight
-from moejax.ops import ffn, moe, norm
+from moejax.nn.selection import SelectionRouter
+from moejax.ops import ffn, moe, norm, selected
 from moejax.routing import remap, router
 from moejax.routing.draws import Draws
 from moejax.routing.types import Routing
@@ -59,18 +60,50 @@ class Experts(nn.Module):
   mesh: Mesh | None = None
   train: bool = False
 
-  @nn.compact
+  def setup(self):
+    c = self.config
+    m: Any = c.moe
+    self.weights = ffn_params(self, c, (m.held,), m.width(c.d_ff), expert_biases(c))
+
+  def mass(self, x_btd: jax.Array) -> jax.Array:
+    """How much of each expert a token activates, float32 [b, t, e]: all experts are run."""
+    return selected.activation_mass(self.weights, x_btd, self.config.activation)
+
   def __call__(self, x_btd: jax.Array, routing: Routing) -> tuple[jax.Array, Routing]:
     c = self.config
     m: Any = c.moe
-    params = ffn_params(self, c, (m.held,), m.d_ff)
+    params = self.weights
     rate = max(c.dropout_rate, m.expert_dropout_rate) if self.train else 0.0
+    alone = self.mesh is None or self.mesh.size == 1
+    if m.selection is not None and alone and not rate:
+      return selected.selected_ffn(params, x_btd, routing, c.activation), routing
     y, keep_mk = moe.moe_ffn(
         params, x_btd, routing, c.activation, mesh=self.mesh, dropout_rate=rate,
         dropout_key=self.make_rng('dropout') if rate > 0 else None,
         exchange_factor=m.exchange_factor,
     )
     return y, routing if keep_mk is routing.keep_mk else routing.kept(keep_mk)
+
+
+def expert_biases(c: ModelConfig) -> tuple[str, ...]:
+  """Which weights of an expert have a bias: those of the dense FFN it was a part of.
+
+  The output's is the layer's, not an expert's; where experts that are not chosen give a constant,
+  one that is takes its own off.
+  """
+  m: Any = c.moe
+  if m.selection is None:
+    return ()
+  inner = (('wi', 'gate') if c.gated else ('wi',)) if getattr(c, 'ffn_bias', False) else ()
+  return (*inner, 'wo') if m.selection.fill and m.held > 1 else inner
+
+
+def layer_bias(c: ModelConfig) -> bool:
+  """Whether a sparse layer has a bias of its output."""
+  m: Any = c.moe
+  return m.selection is not None and (
+      getattr(c, 'ffn_bias', False) or (m.selection.fill and m.held > 1)
+  )
 
 
 class SharedExpert(nn.Module):
@@ -82,7 +115,8 @@ class SharedExpert(nn.Module):
   def __call__(self, x_btd: jax.Array) -> jax.Array:
     c = self.config
     m: Any = c.moe
-    y = ffn.dense_ffn(ffn_params(self, c, (), m.shared_d_ff), x_btd, c.activation)
+    biases = tuple(name for name in expert_biases(c) if name != 'wo')
+    y = ffn.dense_ffn(ffn_params(self, c, (), m.shared_d_ff, biases), x_btd, c.activation)
     if m.shared_gate:
       scale = weight(self, 'scale', normal(c.init_std(c.d_model)), (c.d_model, 1))
       y = y * jax.nn.sigmoid(ffn.linear(x_btd, scale))
@@ -103,7 +137,10 @@ class MoeFfn(nn.Module):
   def setup(self):
     c = self.config
     self.norm, self.norm_bias = norm_params(self, c)
-    self.router = Router(c, self.mesh, self.train)
+    selects = c.moe.selection is not None
+    self.router: Any = SelectionRouter(c) if selects else Router(c, self.mesh, self.train)
+    if layer_bias(c):
+      self.wo_bias = weight(self, 'wo_bias', nn.initializers.zeros, (c.d_model,))
     self.experts = Experts(c, self.mesh, self.train)
     if getattr(c.moe, 'shared_d_ff', 0):
       self.shared = SharedExpert(c)
@@ -124,6 +161,9 @@ class MoeFfn(nn.Module):
     if self.train and c.moe.input_jitter_noise > 0:
       noised = router.jitter(normed, c.moe.input_jitter_noise, self.make_rng('router'))
       normed = noised.astype(normed.dtype)
+    if c.moe.selection is not None:
+      mass = self.experts.mass(normed) if c.moe.selection.score == 'oracle' else None
+      return normed, self.router(normed, valid_bt, mass)
     groups = self.expert_map if c.moe.sum_groups else None
     return normed, self.router(normed, valid_bt, tokens_bt, draws, groups)
 
@@ -134,8 +174,12 @@ class MoeFfn(nn.Module):
     return remap.remap(routing, self.expert_map) if m.merged and not m.sum_groups else routing
 
   def beside(self, normed_btd: jax.Array) -> Any:
-    """What the shared expert adds, or 0."""
-    return self.shared(normed_btd) if getattr(self.config.moe, 'shared_d_ff', 0) else 0
+    """What the shared expert and the layer's bias add, or 0."""
+    y: Any = self.shared(normed_btd) if getattr(self.config.moe, 'shared_d_ff', 0) else 0
+    if not layer_bias(self.config):
+      return y
+    bias = self.wo_bias.astype(normed_btd.dtype)[None, None]
+    return y + jnp.broadcast_to(bias, normed_btd.shape)
 
   def __call__(
       self, x_btd: jax.Array, valid_bt: jax.Array | None = None,

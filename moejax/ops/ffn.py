@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from moejax.ops.expert_dot import expert_dot
 from moejax.ops.linear import linear
@@ -49,13 +50,28 @@ def expert_ffn(
     activation: str,
     dropout=None,
 ) -> jax.Array:
-  """The same block for rows sorted by expert; weights are [e, d, f] arrays or weight nodes."""
+  """The same block for rows sorted by expert; weights are [e, d, f] arrays or weight nodes.
+
+  Biases are [e, f], that of wo [e, d].
+  """
   act = ACTIVATIONS[activation]
-  hidden = expert_dot(x_md, params['wi'], group_sizes_e)
+
+  def product(x, name):
+    y = expert_dot(x, params[name], group_sizes_e)
+    if f'{name}_bias' in params:
+      y = y + _of_rows(params[f'{name}_bias'].astype(y.dtype), group_sizes_e, len(y))
+    return y
+
   if 'gate' in params:
-    hidden = act(expert_dot(x_md, params['gate'], group_sizes_e)) * hidden
+    hidden = act(product(x_md, 'gate')) * product(x_md, 'wi')
   else:
-    hidden = act(hidden)
+    hidden = act(product(x_md, 'wi'))
   if dropout is not None:
     hidden = dropout(hidden)
-  return expert_dot(hidden, params['wo'], group_sizes_e)
+  return product(hidden, 'wo')
+
+
+def _of_rows(bias_ef: jax.Array, group_sizes_e: jax.Array, rows: int) -> jax.Array:
+  """The bias of each row's expert, [m, f]; 0 past the last group."""
+  expert_m = jnp.searchsorted(jnp.cumsum(group_sizes_e), jnp.arange(rows), side='right')
+  return jnp.pad(bias_ef, ((0, 1), (0, 0)))[expert_m]

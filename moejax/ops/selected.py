@@ -1,0 +1,51 @@
+"""The feed-forward block of experts that a dense one was split into: chosen ones, added up."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.neuron_select import vjp
+from moejax import tree
+from moejax.ops import ffn, moe
+from moejax.routing.types import Routing
+
+
+def selected_ffn(
+    experts: Mapping[str, Any], x_btd: jax.Array, routing: Routing, activation: str
+) -> jax.Array:
+  """Sum over a token's kept choices of expert(x), [b, t, d]; on one device.
+
+  Experts that are weight nodes go by `moe.moe_ffn`, whose gates are the routing's, here 1.
+  """
+  if not all(tree.is_array(w) for w in experts.values()):
+    return moe.moe_ffn(experts, x_btd, routing, activation)[0]
+  x_md = x_btd.reshape(-1, x_btd.shape[-1])
+  y_md = vjp.neuron_select(x_md, experts, chosen(routing), ffn.ACTIVATIONS[activation])
+  return y_md.reshape(x_btd.shape)
+
+
+def chosen(routing: Routing) -> jax.Array:
+  """Which experts each token meets, bool [m, e]."""
+  m, experts = routing.logits_me.shape
+  none_me = jnp.zeros((m, experts), bool)
+  return none_me.at[jnp.arange(m)[:, None], routing.choice_mk].max(routing.keep_mk)
+
+
+def activation_mass(
+    experts: Mapping[str, Any], x_btd: jax.Array, activation: str
+) -> jax.Array:
+  """Summed sizes of each expert's hidden units, float32 [b, t, e] (MoEfication, 2110.01786)."""
+
+  def product(name):
+    y = jnp.einsum(
+        'btd,edf->btef', x_btd.astype(jnp.float32), experts[name].astype(jnp.float32)
+    )
+    bias = experts.get(f'{name}_bias')
+    return y if bias is None else y + bias.astype(jnp.float32)[None, None]
+
+  act = ffn.ACTIVATIONS[activation]
+  hidden = product('wi')
+  hidden = act(product('gate')) * hidden if 'gate' in experts else act(hidden)
+  return jnp.abs(hidden).sum(-1)

@@ -1,0 +1,184 @@
+"""Dense layers as experts: the same function with all of them, less work with some."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from moejax import account, store
+from moejax.compress import chain, compress, routers, split_core
+from moejax.compress.moefy import moefy
+from moejax.compress.quantize import quantize
+from moejax.errors import UserError
+from moejax.model import Model
+
+_SPEC = importlib.util.spec_from_file_location(
+    'dense_models', Path(__file__).with_name('dense_models.py')
+)
+small = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(small)
+
+# Family -> what it is split by and chosen with; between them every split and every choice.
+WAYS = {
+    't5': [dict(), dict(split='coactivation', choice='cosine', calibrate=True)],
+    't5_gated': [
+        dict(split='random', choice='average'), dict(choice='norm', rule='within', epochs=2)
+    ],
+    'opt': [dict(choice='euclid', fill=True), dict(split='contiguous', choice='oracle')],
+    'llama': [dict(split='shared', shared=1 / 3, choice='representatives')],
+    'llama_biased': [dict(choice='random', fill=True, calibrate=True)],
+}
+ALL = [(family, way) for family, ways in WAYS.items() for way in ways]
+
+
+def everything(way):
+  """So that every expert runs."""
+  return dict(tau=1.0) if 'rule' in way else dict(share=1.0)
+
+
+def name(value):
+  return value if isinstance(value, str) else '_'.join(map(str, value.values())) or 'default'
+
+
+@pytest.mark.parametrize('family, way', ALL, ids=name)
+def test_all_experts_are_the_dense_layer_and_some_are_what_the_report_says(family, way):
+  model, batches = small.model(family), small.batches(family)
+  want = small.logits(model, family)
+  whole = compress(
+      model, moefy(6, **{**way, **everything(way), 'calibrate': False}), batches
+  ).model
+  np.testing.assert_allclose(small.logits(whole, family), want, atol=2e-6 * np.abs(want).max())
+  result = compress(model, moefy(6, share=0.5, **way), batches, validation_batches=batches[:1])
+  some, report = result.model, result.report
+  got = small.logits(some, family)
+  assert np.isfinite(got).all() and np.abs(got - want).max() > 1e-3
+  if way.get('choice') != 'random':  # Which draws by place in a batch.
+    assert report['loss'] == pytest.approx(small.loss(some, family, batches[0]), rel=1e-5)
+  for row in report['layers']:
+    assert 0 < row['relative_output_error'] < 1.5 and 0 < row['neurons_run'] < 1
+    assert 0 < row['mass_recall'] <= 1
+
+
+def test_untouched_layers_stay_and_numbers_differ_by_layer():
+  model, batches = small.model('t5'), small.batches('t5')
+  made = compress(
+      model, moefy(8, mass=0.7, choice='oracle', layers='.*/layers_1/.*'), batches
+  )
+  moe = made.model.config.moe
+  assert moe.layer_experts == (1, 8, 1, 8)
+  top_k = [row['top_k'] for row in made.report['layers']]
+  assert moe.selection.top_k[1::2] == tuple(top_k) and all(1 <= k < 8 for k in top_k)
+  for row in made.report['layers']:
+    assert row['mass_recall'] >= 0.7 - 1e-6
+  want = model.params['encoder']['layers_0']['ffn']['wi']
+  np.testing.assert_array_equal(
+      made.model.params['encoder']['layers_0']['ffn']['experts']['wi'][0], want
+  )
+
+
+def test_the_share_of_a_dynamic_number_is_the_one_asked_for():
+  model, batches = small.model('opt'), small.batches('opt')
+  for rule in ('cumulative', 'above'):
+    made = compress(model, moefy(12, rule=rule, choice='oracle', share=0.4), batches)
+    for row in made.report['layers']:
+      assert 0.3 < row['neurons_run'] <= 0.4 + 1e-6, rule
+    assert len(made.model.config.moe.selection.tau) == 2
+
+
+def test_a_folder_is_made_resumed_and_read_again(tmp_path, monkeypatch):
+  model, batches = small.model('llama'), small.batches('llama')
+  model.save(tmp_path / 'dense')
+  step = moefy(expert_size=4, share=0.5, epochs=2)
+  whole = compress(tmp_path / 'dense', step, batches, tmp_path / 'whole')
+  split, calls = split_core.split, []
+
+  def dies(*args, **kwargs):
+    calls.append(args)
+    if len(calls) == 2:
+      raise KeyboardInterrupt
+    return split(*args, **kwargs)
+
+  monkeypatch.setattr(split_core, 'split', dies)
+  with pytest.raises(KeyboardInterrupt):
+    compress(tmp_path / 'dense', step, batches, tmp_path / 'again')
+  compress(tmp_path / 'dense', step, batches, tmp_path / 'again')
+  assert len(calls) == 3  # The first layer was not done twice.
+  files = lambda folder: {
+      p.name: p.read_bytes() for p in (tmp_path / folder).glob('*.safetensors')
+  }
+  assert files('whole') == files('again')
+  read = Model.load(tmp_path / 'again')
+  assert read.config.moe.num_experts == 6
+  report = json.loads((tmp_path / 'whole' / 'report.json').read_text())
+  assert report['after'] == {
+      **account.of_source(store.Source(tmp_path / 'whole')), 'loss': report['after']['loss']
+  }
+  before, after = whole.report['before'], whole.report['after']
+  router = 2 * (16 * 6 + 36)
+  assert after['parameters'] == before['parameters'] + router
+  assert after['active_parameters_per_token'] == (
+      before['active_parameters_per_token'] + router - 2 * 3 * 16 * 12)
+
+
+def test_one_after_the_other():
+  model, batches = small.model('t5_gated'), small.batches('t5_gated')
+  made = compress(
+      model, chain(moefy(4, share=0.5, choice='cosine'), quantize(4)), batches
+  )
+  assert np.isfinite(small.logits(made.model, 't5_gated')).all()
+  assert made.report['after']['expert_bits_per_weight'] < 20
+
+
+def test_gradients_reach_the_chosen_experts_only():
+  model, batches = small.model('t5'), small.batches('t5')
+  made = compress(model, moefy(6, top_k=1, choice='cosine'), batches).model
+  batch = batches[0]
+
+  def loss(params):
+    out = Model(made.config, params).apply(batch['encoder_tokens'], batch['decoder_tokens'])
+    return out.logits_btv.std(), out.routings
+
+  grads, routings = jax.jit(jax.grad(loss, has_aux=True))(made.params)
+  path = 'encoder/layers_1/ffn'
+  own = grads['encoder']['layers_1']['ffn']['experts']['wo']
+  used = np.bincount(np.asarray(routings[path].choice_mk).reshape(-1), minlength=6) > 0
+  assert (np.abs(np.asarray(own)).max((1, 2)) > 0).tolist() == used.tolist()
+
+
+def test_the_fewest_experts_that_hold_a_mass():
+  scores = np.array([[3.0, 2.0, 1.0], [1.0, 2.0, 3.0]], np.float32)
+  mass = np.array([[0.5, 0.4, 0.1], [0.0, 0.0, 0.0]], np.float32)
+  assert [routers.least_k(scores, mass, t) for t in (0.5, 0.6, 0.9, 0.95, 1.0)] == [1, 2, 2, 3, 3]
+  assert routers.least_k(scores, 0 * mass, 0.9) == 1
+
+
+@pytest.mark.parametrize('make, message', [
+    (lambda: moefy(), 'experts or expert_size'),
+    (lambda: moefy(4, split='kmeans'), 'split'),
+    (lambda: moefy(4, choice='mpl'), "did you mean 'mlp'"),
+    (lambda: moefy(4, share=0.0), r'share = 0.0: in \(0, 1\]'),
+    (lambda: moefy(4, rule='within', mass=0.9), 'mass is for'),
+    (lambda: moefy(4, choice='representatives'), "needs split = 'shared'"),
+])
+def test_bad_settings_are_one_line(make, message):
+  with pytest.raises(UserError, match=message) as error:
+    make()
+  assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize('family, step, message', [
+    ('t5', dict(experts=5), r'experts may be 1, 2, 3, 4, 6, 8, 12, 24'),
+    ('t5', dict(expert_size=5), r'expert_size = 5 does not divide d_ff = 24: 1, 2, 3'),
+    ('t5', dict(experts=4, top_k=5), 'top_k = 5 of 4'),
+    ('opt', dict(experts=4, choice='average'), 'gated layers'),
+    ('opt', dict(experts=4, split='shared', shared=0.25), 'gated layers'),
+    ('t5_gated', dict(experts=4, split='shared', shared=0.25), 'for decoders'),
+    ('llama', dict(experts=4, layers='nothing'), 'takes no sparse layer|takes no'),
+])
+def test_what_does_not_fit_a_model_is_one_line(family, step, message):
+  with pytest.raises(UserError, match=message) as error:
+    compress(small.model(family), moefy(**step), small.batches(family, 1))
+  assert '\n' not in str(error.value)

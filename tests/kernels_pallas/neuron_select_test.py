@@ -1,0 +1,96 @@
+"""Chosen experts against a loop over tokens and experts, on every path and shape."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.neuron_select import api, cases, ref, vjp
+
+ACTS = {'relu': jax.nn.relu, 'silu': jax.nn.silu}
+
+
+def problem(case, gated=False, biased=False, dtype=np.float32):
+  rng = np.random.default_rng(case.m * 131 + case.e)
+  draw = lambda *shape: (rng.normal(size=shape) * 0.3).astype(dtype)
+  experts = {'wi': draw(case.e, case.d, case.f), 'wo': draw(case.e, case.f, case.d)}
+  if gated:
+    experts['gate'] = draw(case.e, case.d, case.f)
+  if biased:
+    for name, size in (('wi', case.f), ('gate', case.f), ('wo', case.d)):
+      if name in experts:
+        experts[f'{name}_bias'] = draw(case.e, size)
+  chosen = rng.random((case.m, case.e)) < case.share
+  if case.special == 'one':
+    chosen[:, 2] = True
+  if case.special == 'idle':
+    chosen[11] = False
+  return draw(case.m, case.d), experts, chosen
+
+
+def by_loops(x, experts, chosen, act):
+  w = {name: np.asarray(a, np.float64) for name, a in experts.items()}
+  bias = lambda name, e: w.get(f'{name}_bias', np.zeros((len(chosen[0]), 1)))[e]
+  out = np.zeros(x.shape)
+  for m, e in zip(*np.nonzero(chosen)):
+    row = np.asarray(x[m], np.float64)
+    hidden = row @ w['wi'][e] + bias('wi', e)
+    if 'gate' in w:
+      hidden = np.asarray(act(row @ w['gate'][e] + bias('gate', e))) * hidden
+    else:
+      hidden = np.asarray(act(hidden))
+    out[m] += hidden @ w['wo'][e] + bias('wo', e)
+  return out
+
+
+@pytest.mark.parametrize('case', cases.CHECKED, ids=lambda c: c.name)
+@pytest.mark.parametrize('act, gated, biased', [('relu', False, False), ('silu', True, True)])
+def test_every_path_is_the_loop(case, act, gated, biased):
+  x, experts, chosen = problem(case, gated, biased)
+  want = by_loops(x, experts, chosen, ACTS[act])
+  for path in (ref.neuron_select, ref.by_expert, ref.one_by_one, ref.everything):
+    got = jax.jit(lambda x, w, c, path=path: path(x, w, c, ACTS[act]))(x, experts, chosen)
+    np.testing.assert_allclose(got, want, atol=2e-5, err_msg=path.__name__)
+
+
+def test_the_path_follows_what_was_chosen(monkeypatch):
+  x, experts, chosen = problem(cases.Case('', 64, 8, 16, 8, 0.3))
+  made = lambda mark: lambda x, experts, chosen, act: jnp.full(x.shape, mark)
+  for name, mark in (('everything', 1.0), ('by_expert', 2.0), ('one_by_one', 3.0)):
+    monkeypatch.setattr(ref, name, made(mark))
+  run = lambda x, chosen: float(ref.neuron_select(x, experts, chosen, jax.nn.relu)[0, 0])
+  assert run(x, jnp.asarray(chosen)) == 2.0
+  assert run(x, jnp.ones_like(chosen)) == 1.0
+  assert run(x[:2], jnp.asarray(chosen[:2]) & False) == 3.0
+
+
+def test_bfloat16_keeps_its_dtype_and_sums_in_float32():
+  x, experts, chosen = problem(cases.Case('', 70, 6, 32, 16, 0.3), dtype=jnp.bfloat16)
+  got = jax.jit(lambda x, w, c: api.neuron_select(x, w, c, jax.nn.relu))(x, experts, chosen)
+  assert got.dtype == jnp.bfloat16
+  want = by_loops(x, experts, chosen, jax.nn.relu)
+  assert np.abs(np.asarray(got, np.float32) - want).max() < 0.01 * np.abs(want).max()
+
+
+@pytest.mark.parametrize('gated', (False, True))
+def test_gradients_are_those_of_the_dense_products(gated):
+  x, experts, chosen = problem(cases.Case('', 21, 5, 12, 6, 0.4), gated, biased=True)
+  aim = np.random.default_rng(1).normal(size=x.shape).astype(np.float32)
+
+  def loss(run):
+    return lambda x, w: jnp.sum((run(x, w, chosen, jax.nn.silu) - aim) ** 2)
+
+  got = jax.jit(jax.grad(loss(vjp.neuron_select), (0, 1)))(x, experts)
+  want = jax.jit(jax.grad(loss(ref.everything), (0, 1)))(x, experts)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), got, want)
+
+
+def test_no_token_and_wrong_shapes():
+  x, experts, chosen = problem(cases.Case('', 4, 3, 8, 4, 0.5))
+  assert api.neuron_select(x[:0], experts, chosen[:0], jax.nn.relu).shape == (0, 8)
+  with pytest.raises(ValueError, match='do not fit'):
+    api.neuron_select(x, experts, chosen[:, :2], jax.nn.relu)
+
+
+def test_cost():
+  assert api.cost(2, 8, 4, 3, 6, gated=True, itemsize=4) == (4 * (3 * 3 * 32 + 32), 2 * 3 * 6 * 32)
