@@ -6,6 +6,7 @@ Example:
   python -m experiments.compress --config configs/qmoe.py:two_bit --set layers='decoder/.*' ...
   python -m experiments.compress --config configs/prune.py:reap --set experts=8 ...
   python -m experiments.compress --config configs/merge.py:hc_smoe --set ratio=0.25 ...
+  python -m experiments.compress --config configs/moefy.py --set share=0.3 ...
 
 With --dry_run nothing is written or calibrated: a table and JSON say what the result will weigh.
   python -m experiments.compress --config configs/qmoe.py --model switch-c-2048 --dry_run
@@ -20,9 +21,10 @@ from absl import flags
 from experiments import flags as common
 from moejax import account, errors, evaluate, files, presets, progress, store
 from moejax import report as report_lib
-from moejax.compress import base, driver, predict, stats
+from moejax.compress import base, driver, predict, profile, stats
 from moejax.data import text
 from moejax.data import tokenizer as tokenizer_lib
+from moejax.report import profile_png
 
 common.define_config_flags()
 _MODEL = flags.DEFINE_string('model', None, 'Model folder that moejax wrote.')
@@ -105,12 +107,33 @@ def dry_run(transform: base.Transform | base.Chain) -> None:
   print(files.json_text(result, indent=2))
 
 
+def look(
+    folder: pathlib.Path, settings: profile.Look, calibration: list[dict[str, Any]],
+    validation: list[dict[str, Any]], sentinel: int,
+) -> None:
+  """Tells what a dense model's neurons do, and writes it to --out; no model is made."""
+  out = pathlib.Path(str(_OUT.value))
+  files.require_writable(out / 'profile.json')
+  result = profile.profile(
+      folder, calibration, validation, settings, sentinel=sentinel, progress=True
+  )
+  files.write_json(out / 'profile.json', result)
+  files.write_whole(out / 'profile.png', profile_png.render(result))
+  print(profile.table(result), file=sys.stderr, flush=True)
+  print(files.json_text({
+      'out': str(out), 'loss': result['loss'], 'expected': result['expected'],
+      'active': {row['path']: round(row['active'], 4) for row in result['layers']},
+  }, indent=2))
+
+
 def main() -> None:
   common.require('config', 'model')
   transform: Any = common.load_config(flags.FLAGS.config, flags.FLAGS.set)
-  if not isinstance(transform, base.Transform | base.Chain):
+  if not isinstance(transform, base.Transform | base.Chain | profile.Look):
     raise errors.UserError(f'{flags.FLAGS.config} holds no compression; try configs/qmoe.py')
   if _DRY_RUN.value:
+    if isinstance(transform, profile.Look):
+      raise errors.UserError('--dry_run is for what changes a model')
     dry_run(transform)
     return
   common.require('out')
@@ -123,6 +146,9 @@ def main() -> None:
   validation = [] if not _VALIDATION.value else batches(
       source, tokenizer, _VALIDATION.value, '--validation', _VALIDATION_SAMPLES.value
   )
+  if isinstance(transform, profile.Look):
+    look(folder, transform, calibration, validation, tokenizer.first_sentinel)
+    return
   first = transform.steps[0] if isinstance(transform, base.Chain) else transform
   result = driver.compress(
       folder, transform, calibration, _OUT.value, validation_batches=validation,

@@ -44,6 +44,7 @@ _PUBLIC = {
     'merge': 'moejax.compress.merge',
     'prune': 'moejax.compress.prune',
     'decompose': 'moejax.compress.decompose',
+    'moefy': 'moejax.compress.moefy',
     'chain': 'moejax.compress.base',
     'gptq': 'moejax.compress.gptq_core',
     'rtn': 'moejax.compress.gptq_core',

@@ -66,11 +66,16 @@ def bytes_by_part(params: Mapping[str, Any]) -> dict[str, int]:
   return {part: -(-n // 8) for part, n in bits.items()}
 
 
-def experts_a_token(config: ModelConfig, experts: int) -> int:
-  """How many of a layer's experts compute a token."""
-  moe = config.moe
-  if moe is None or moe.router in DENSE:
+def experts_a_token(config: ModelConfig, path: str, experts: int) -> int:
+  """How many of the experts of a weight's layer compute a token, at most."""
+  if config.moe is None or config.moe.router in DENSE:
     return experts
+  moe = config.moe
+  if moe.selection is not None:
+    stack, layer = path.split('/')[:2]
+    own = config.of_layer(stack, int(layer.removeprefix('layers_'))).moe
+    assert own is not None and own.selection is not None
+    return min(own.selection.top_k[0], experts)
   return min(moe.top_k, experts)
 
 
@@ -88,7 +93,7 @@ def _met(path: str, leaf: Any, config: ModelConfig) -> int:
   size = 0 if _is_map(path) else _own(leaf)
   if part_of(path) != 'experts':
     return size
-  return size // leaf.shape[0] * experts_a_token(config, leaf.shape[0])
+  return size // leaf.shape[0] * experts_a_token(config, path, leaf.shape[0])
 
 
 def parameters(params: Mapping[str, Any]) -> int:
@@ -127,7 +132,8 @@ def path_flops(
   size = _met(path, leaf, config)
   if path == 'shared/embedding':
     return 2.0 * size * target if config.tie_embeddings else 0.0
-  if path == 'shared/positions' or part_of(path) == 'norms_and_biases' or len(leaf.shape) < 2:
+  of_bias = part_of(path) == 'norms_and_biases' or path.endswith('bias')
+  if path == 'shared/positions' or of_bias or len(leaf.shape) < 2:
     return 0.0
   of_source = path.startswith('encoder/') or path.endswith(
       ('cross_attention/k', 'cross_attention/v')

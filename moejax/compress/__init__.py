@@ -1,7 +1,7 @@
 """Compression of mixtures of experts: `compress(model, quantize(...), batches)` and its parts.
 
-Names are imported when first used. `quantize`, `merge` and `prune` are modules here; their
-functions are `moejax.quantize`, `moejax.merge`, `moejax.prune`.
+Names are imported when first used. `quantize`, `merge`, `prune` and `moefy` are modules here; their
+functions are `moejax.quantize`, `moejax.merge`, `moejax.prune`, `moejax.moefy`.
 """
 
 import importlib
@@ -19,6 +19,7 @@ _PUBLIC = {
     'dry_run': 'predict',
     'hc_smoe': 'merge',
     'msmoe': 'merge',
+    'Look': 'profile',
     'prune_units': 'prune_within',
     'prune_weights': 'prune_within',
     'qmoe': 'quantize',

@@ -60,13 +60,16 @@ def dry_run(
   before = {**account.of_source(now), **unknown}
   rows = []
   for step in transform.steps if isinstance(transform, base.Chain) else (transform,):
+    viewed = step.view(now)
+    now = _Shapes(viewed.config, {path: viewed.abstract(path) for path in viewed.paths()})
     leaves = dict(now.leaves)
     for layer in base.target_layers(step, now):
       old = {p.removeprefix(f'{layer}/'): leaf for p, leaf in now.leaves.items()
              if p.startswith(f'{layer}/')}
       made = step.predict_layer(now.config, layer, old, lambda path: _share(zero_share, path))
+      leaves = {p: leaf for p, leaf in leaves.items() if not p.startswith(f'{layer}/')}
       leaves |= {f'{layer}/{name}': leaf for name, leaf in made.items()}
-    for path in (p for p in leaves if '/experts/' in p and leaves[p] is not now.leaves[p]):
+    for path in (p for p in leaves if '/experts/' in p and leaves[p] is not now.leaves.get(p)):
       leaf = leaves[path]
       bits = account.stored_bits(leaf)
       rows.append({
@@ -102,9 +105,11 @@ def table(result: Mapping[str, Any]) -> str:
   """The result of `dry_run` for a terminal: bytes by part, then the weights that change."""
   before, after = result['before'], result['after']
   lines = [f'{"part":18}{"before":>14}{"after":>14}{"bits/weight":>13}']
-  for part, size in before['bytes_by_part'].items():
+  parts = [dict(a['bytes_by_part']) for a in (before, after)]
+  for part in dict.fromkeys((*parts[0], *parts[1])):
     bits = f'{after["expert_bits_per_weight"]:13.3f}' if part == 'experts' else ''
-    lines.append(f'{part:18}{_size(size)}{_size(after["bytes_by_part"][part])}{bits}')
+    sizes = ''.join(_size(own.get(part, 0)) for own in parts)
+    lines.append(f'{part:18}{sizes}{bits}')
   total = 8 * after['stored_bytes'] / after['parameters']
   sizes = _size(before['stored_bytes']) + _size(after['stored_bytes'])
   lines += [f'{"all":18}{sizes}{total:13.3f}', '']

@@ -116,8 +116,13 @@ class Walk:
       self, source: Any, data: samples_lib.Samples, *, step: base.Transform | None = None,
       plan: Mapping[str, Any] | None = None, work: Path | None = None,
       targets: Iterable[str] = (), observer: Observer | None = None, progress: bool = False,
+      keep: bool = True,
   ):
-    """Changes the layers `targets` by a step with its plan, or shows all of them to an observer."""
+    """Changes the layers `targets` by a step with its plan, or shows all of them to an observer.
+
+    keep: False forgets new experts once tokens went through them, where there is no work folder.
+    """
+    self._keep = keep
     self.source, self.data, self.work, self.targets = source, data, work, set(targets)
     self.config = dropless(source.config)
     self.step, self.plan = step or base.Transform(), plan or {}
@@ -191,7 +196,7 @@ class Walk:
       self.changed.add(path)
       for i, expert in enumerate(group.experts):
         acts.run_expert(expert, {name: w[i] for name, w in dense.items()})
-    if self.work is None:
+    if self.work is None and self._keep:
       self._memory.setdefault(path, []).append(group)
 
   def _run_uncompressed(self, acts, path) -> None:
