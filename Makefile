@@ -34,6 +34,8 @@ evidence: $(VENV)/.installed-test
 	  --out experiments/evidence/decoder_cpu.json --markdown experiments/BENCHMARKS_DECODER.md
 	$(BIN)/python -m experiments.bench --suite merge \
 	  --out experiments/evidence/merge_cpu.json --markdown experiments/BENCHMARKS_MERGE.md
+	$(BIN)/python -m experiments.bench --suite moefy \
+	  --out experiments/evidence/moefy_cpu.json --markdown experiments/BENCHMARKS_MOEFY.md
 	$(BIN)/python -m experiments.estimators --out experiments/evidence/estimators
 	$(BIN)/python -m experiments.pods --out experiments/evidence/pods
 	$(BIN)/python -m experiments.fewer --recover 64

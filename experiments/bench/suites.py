@@ -53,6 +53,13 @@ SUITES: dict[str, tuple[Worker, ...]] = {
         Worker(part='merge', module='merge_torch', needs=('torch',), seconds=30),
         Worker(part='fewer', module='fewer_jax', needs=_JAX, seconds=90),
     ),
+    'moefy': (
+        Worker(part='neurons', module='moefy_jax', needs=_JAX, seconds=60),
+        Worker(part='clusters', module='clusters_jax', needs=_JAX, seconds=15),
+        Worker(
+            part='clusters', module='clusters_kmeans', needs=('k-means-constrained',), seconds=80
+        ),
+    ),
 }
 
 

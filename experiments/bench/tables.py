@@ -16,6 +16,8 @@ TITLES = {
     'decoder': 'A Phi-MoE of hidden 512, 8 layers, 16 experts, two a token',
     'merge': 'Merging and pruning one layer; statistics (ours) against loops over tokens (peer)',
     'fewer': 'A Mixtral of width 256, 4 layers, 16 experts, compressed, against itself before',
+    'neurons': 'A fifth of the neurons of a layer 768x3072, router included, against all of them',
+    'clusters': 'Neurons into experts of equal size',
     'equal': 'Training that MoE (ours) against a dense decoder of equal active parameters (peer)',
 }
 # (part, metric): how many times better than the peer ours should be.
@@ -27,6 +29,13 @@ TARGETS = {
     ('fewer', 'statistics for REAP'): 0.67,
     ('fewer', 'forward pass'): 1.0,
     ('fewer', '32 tokens after 32, greedy'): 1.0,
+    ('neurons', '1 token'): 3.0,
+    ('neurons', '8 tokens'): 1.5,
+    ('neurons', '16 tokens'): 1.5,
+    ('neurons', '64 tokens'): 1.5,
+    ('neurons', '512 tokens'): 2.0,
+    ('clusters', 'balanced clusters'): 1.0,
+    ('clusters', 'their objective'): 1.0,
     ('decoder', 'forward pass'): 1.2,
     ('decoder', 'training step'): 1.2,
     ('decoder', '32 tokens after 32, greedy'): 3.0,

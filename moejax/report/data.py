@@ -81,6 +81,7 @@ class Report:
   """A run ready to be drawn: the uncompressed model first, then what was made of it.
 
   model: its family, whether it is a decoder, its experts a layer and choices a token, where known.
+  neurons_run: of the layers that were split into experts, the share of the neurons a token runs.
   """
 
   title: str
@@ -92,6 +93,7 @@ class Report:
   training: Mapping[str, Any]
   model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   fates: tuple[Fate, ...] = ()
+  neurons_run: Mapping[str, float] = dataclasses.field(default_factory=dict)
   samples: tuple[Mapping[str, Any], ...] = ()
 
   @property
@@ -225,4 +227,8 @@ def parse(values: Mapping[str, Any]) -> Report:
       facts=dict(values.get('facts') or {}), training=dict(values.get('training') or {}),
       samples=tuple(values.get('samples') or ()), model=dict(values.get('model') or {}),
       fates=() if rows else fates(values.get('layers') or ()),
+      neurons_run={} if rows else {
+          row['path']: float(row['neurons_run']) for row in values.get('layers') or ()
+          if row.get('neurons_run') is not None
+      },
   )

@@ -24,6 +24,12 @@ def headline(report: Report) -> str:
         f'The experts of this model went from <b>{before.bits or 16:.3g} bits</b> to '
         f'<b>{best.bits:.3f} bits</b> for each weight'
     )
+  elif report.neurons_run:
+    share = math.fsum(report.neurons_run.values()) / len(report.neurons_run)
+    first = (
+        f'A word now runs <b>{share:.0%}</b> of the neurons in {len(report.neurons_run)} '
+        'feed-forward layers of this model'
+    )
   elif report.fates:
     at_first = {fate.path: held(fate) for fate in reversed(report.fates)}
     at_last = {fate.path: len(fate.groups) for fate in report.fates}
@@ -127,6 +133,7 @@ def explanation(report: Report) -> list[tuple[str, str]]:
       *((_ternary(),) if any(v.bits and v.bits < 1.6 for v in report.compressed) else ()),
       *((_rounding(),) if any(fewer_bits(report, v) for v in report.compressed) else ()),
       *((_fewer(),) if report.fates else ()),
+      *((_split(),) if report.neurons_run else ()),
   ]
   if before.loss is not None:
     answers.append((
@@ -207,6 +214,16 @@ def _fewer() -> tuple[str, str]:
       'Experts that do alike work can be made one, or the least needed left out. A token still '
       'meets as many experts as before, so the work stays and the memory shrinks. What is lost '
       'this way can in part be trained back, held to the model before.',
+  )
+
+
+def _split() -> tuple[str, str]:
+  return (
+      'What was done to its layers?',
+      'In a layer that was whole before, most neurons stay silent for any one word. Neurons that '
+      'fire together were put into groups, the experts, and a small router guesses from the word '
+      'which groups will fire; only these are computed (MoEfication, Zhang and others, 2021). '
+      'Nothing was removed: with all groups chosen the layer is what it was.',
   )
 
 

@@ -85,6 +85,16 @@ def test_the_suite_of_merging(tmp_path):
   assert done.returncode == 0, done.stderr
   rows = json.loads(out.read_text())['comparisons']
   assert {r['part'] for r in rows} == {'merge', 'fewer'}
+
+
+def test_the_moefy_suite_runs(tmp_path):
+  out = tmp_path / 'moefy.json'
+  done = bench('--suite', 'moefy', '--quick', '--rounds', '1', '--out', str(out))
+  assert done.returncode == 0, done.stderr
+  result = json.loads(out.read_text())
+  assert {r['part'] for r in result['comparisons']} == {'neurons', 'clusters'}
+  layers = [r for r in result['comparisons'] if 'token' in r['metric'] and r['peer']]
+  assert len(layers) == 2 and all(r['ratio'] > 0 for r in layers)
   compared = [r for r in rows if r['peer'] is not None]
   assert {r['metric'] for r in compared} >= {
       'usage and router similarity', 'statistics for REAP', 'forward pass'

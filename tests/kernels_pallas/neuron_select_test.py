@@ -54,13 +54,14 @@ def test_every_path_is_the_loop(case, act, gated, biased):
 
 
 def test_the_path_follows_what_was_chosen(monkeypatch):
-  x, experts, chosen = problem(cases.Case('', 64, 8, 16, 8, 0.3))
+  x, experts, chosen = problem(cases.Case('', 65, 8, 16, 8, 0.3))
   made = lambda mark: lambda x, experts, chosen, act: jnp.full(x.shape, mark)
   for name, mark in (('everything', 1.0), ('by_expert', 2.0), ('one_by_one', 3.0)):
     monkeypatch.setattr(ref, name, made(mark))
   run = lambda x, chosen: float(ref.neuron_select(x, experts, chosen, jax.nn.relu)[0, 0])
   assert run(x, jnp.asarray(chosen)) == 2.0
   assert run(x, jnp.ones_like(chosen)) == 1.0
+  assert run(x[:64], jnp.ones_like(chosen[:64])) == 2.0
   assert run(x[:2], jnp.asarray(chosen[:2]) & False) == 3.0
 
 

@@ -112,6 +112,18 @@ def test_a_decoder_with_several_choices_is_told_as_one():
   assert 'hidden word' not in text and 'Switch' not in text
 
 
+def test_a_split_model_tells_what_share_is_run():
+  values = common.comparison()
+  single = {k: values[k] for k in ('source', 'steps', 'before', 'after')}
+  single['after'] = single['before']
+  rows = [{'path': p, 'neurons_run': share, 'bits_per_weight': 16.0, 'relative_output_error': 0.1}
+          for p, share in (('a/experts', 0.1), ('b/experts', 0.3))]
+  page = report.render(report.parse({**single, 'layers': rows}))
+  text = re.sub(r'\s+', ' ', ' '.join(check(page).text))
+  assert re.search('A word now runs 20% of the neurons in 2 feed-forward layers', text)
+  assert 'Nothing was removed' in text
+
+
 def test_layers_are_means_over_experts():
   rows = [
       {'path': 'p', 'bits_per_weight': 1.0, 'zeros': 0.5, 'relative_output_error': 0.1},
