@@ -86,6 +86,12 @@ def test_the_suite_of_merging(tmp_path):
   rows = json.loads(out.read_text())['comparisons']
   assert {r['part'] for r in rows} == {'merge', 'fewer'}
 
+  compared = [r for r in rows if r['peer'] is not None]
+  assert {r['metric'] for r in compared} >= {
+      'usage and router similarity', 'statistics for REAP', 'forward pass'
+  }
+  assert not [r for r in compared if r['verdict'] == 'not the same work']
+
 
 def test_the_moefy_suite_runs(tmp_path):
   out = tmp_path / 'moefy.json'
@@ -95,11 +101,6 @@ def test_the_moefy_suite_runs(tmp_path):
   assert {r['part'] for r in result['comparisons']} == {'neurons', 'clusters'}
   layers = [r for r in result['comparisons'] if 'token' in r['metric'] and r['peer']]
   assert len(layers) == 2 and all(r['ratio'] > 0 for r in layers)
-  compared = [r for r in rows if r['peer'] is not None]
-  assert {r['metric'] for r in compared} >= {
-      'usage and router similarity', 'statistics for REAP', 'forward pass'
-  }
-  assert not [r for r in compared if r['verdict'] == 'not the same work']
 
 
 def test_tables_of_terminal_and_page_are_those_of_the_json(quick):
