@@ -85,7 +85,6 @@ def test_the_suite_of_merging(tmp_path):
   assert done.returncode == 0, done.stderr
   rows = json.loads(out.read_text())['comparisons']
   assert {r['part'] for r in rows} == {'merge', 'fewer'}
-
   compared = [r for r in rows if r['peer'] is not None]
   assert {r['metric'] for r in compared} >= {
       'usage and router similarity', 'statistics for REAP', 'forward pass'

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from moejax.errors import UserError
-from moejax.routing import choice
+from moejax.routing import choice, threshold
 
 VECTORS = Path(__file__).parents[1] / 'vectors' / 'moefication'
 scores = jax.jit(choice.scores, static_argnames='kind')
@@ -147,3 +147,16 @@ def test_no_smaller_set_reaches_the_share(seed, tau):
     assert of[taken].sum() >= tau - 1e-6
     assert of[taken].sum() - of[taken].min() < tau + 1e-6
     assert taken.all() or of[taken].min() >= of[~taken].max()
+
+
+def test_thresholds_as_xmoe_recorded_them():
+  data = np.load(VECTORS / 'xmoe_threshold.npz')
+  logits = data['logits']
+  for t in (0.3, 0.5, 0.9):
+    routing = threshold.route(jnp.asarray(logits)[None], t)
+    combine = np.zeros(logits.shape, np.float32)
+    rows = np.arange(len(logits))[:, None]
+    np.add.at(combine, (rows, np.asarray(routing.choice_mk)), np.asarray(routing.gate_mk))
+    np.testing.assert_allclose(combine, data[f't{t}_combine'], atol=1e-6)
+    np.testing.assert_array_equal(np.asarray(routing.keep_mk).sum(1), data[f't{t}_count'])
+    assert float(routing.load_balance_loss) == pytest.approx(float(data[f't{t}_aux']), rel=1e-5)
