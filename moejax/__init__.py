@@ -45,6 +45,7 @@ _PUBLIC = {
     'prune': 'moejax.compress.prune',
     'decompose': 'moejax.compress.decompose',
     'moefy': 'moejax.compress.moefy',
+    'upcycle': 'moejax.compress.upcycle',
     'chain': 'moejax.compress.base',
     'gptq': 'moejax.compress.gptq_core',
     'rtn': 'moejax.compress.gptq_core',
