@@ -13,6 +13,7 @@ _PUBLIC = {
     'Result': 'driver',
     'Search': 'matrix',
     'Transform': 'base',
+    'as_dense': 'dense',
     'chain': 'base',
     'compress': 'driver',
     'compress_tree': 'foreign',

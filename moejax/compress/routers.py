@@ -21,6 +21,7 @@ CHOICES = {
 # Hidden units of D2DMoE's router.
 NORM_WIDTH = 128
 _ROWS = 2048
+_top = jax.jit(choice_lib.top, static_argnames=('k',))
 
 
 def check(choice: str, config: ModelConfig) -> None:
@@ -144,7 +145,7 @@ def fit(
   if rule == 'top':
     if mass is not None:
       top_k = least_k(scores, aim, mass)
-    chosen, tau = np.asarray(choice_lib.top(jnp.asarray(scores), top_k)), 0.0
+    chosen, tau = np.asarray(_top(jnp.asarray(scores), k=top_k)), 0.0
   else:
     top_k = problem.count
     tau = tau_for(scores, rule, share) if tau is None else tau

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from moejax import account, store
-from moejax.compress import chain, compress, routers, split_core
+from moejax.compress import as_dense, chain, compress, routers, split_core
 from moejax.compress.moefy import moefy
 from moejax.compress.quantize import quantize
 from moejax.errors import UserError
@@ -50,7 +50,11 @@ def test_all_experts_are_the_dense_layer_and_some_are_what_the_report_says(famil
   whole = compress(
       model, moefy(6, **{**way, **everything(way), 'calibrate': False}), batches
   ).model
-  np.testing.assert_allclose(small.logits(whole, family), want, atol=2e-6 * np.abs(want).max())
+  close = dict(rtol=0, atol=2e-6 * np.abs(want).max())
+  np.testing.assert_allclose(small.logits(whole, family), want, **close)
+  back = as_dense(whole)
+  assert back.config == model.config
+  np.testing.assert_allclose(small.logits(back, family), want, **close)
   result = compress(model, moefy(6, share=0.5, **way), batches, validation_batches=batches[:1])
   some, report = result.model, result.report
   got = small.logits(some, family)
@@ -98,11 +102,11 @@ def test_a_folder_is_made_resumed_and_read_again(tmp_path, monkeypatch):
   def dies(*args, **kwargs):
     calls.append(args)
     if len(calls) == 2:
-      raise KeyboardInterrupt
+      raise RuntimeError
     return split(*args, **kwargs)
 
   monkeypatch.setattr(split_core, 'split', dies)
-  with pytest.raises(KeyboardInterrupt):
+  with pytest.raises(RuntimeError):
     compress(tmp_path / 'dense', step, batches, tmp_path / 'again')
   compress(tmp_path / 'dense', step, batches, tmp_path / 'again')
   assert len(calls) == 3  # The first layer was not done twice.
@@ -146,6 +150,11 @@ def test_gradients_reach_the_chosen_experts_only():
   own = grads['encoder']['layers_1']['ffn']['experts']['wo']
   used = np.bincount(np.asarray(routings[path].choice_mk).reshape(-1), minlength=6) > 0
   assert (np.abs(np.asarray(own)).max((1, 2)) > 0).tolist() == used.tolist()
+
+
+def test_only_split_models_become_dense_again():
+  with pytest.raises(UserError, match='no layers that were split'):
+    as_dense(small.model('t5'))
 
 
 def test_the_fewest_experts_that_hold_a_mass():
