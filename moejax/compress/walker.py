@@ -187,7 +187,7 @@ class Walk:
     """Goes on behind a group of new experts."""
     self.rows.extend(dict(row) for row in group.rows)
     dense = {name: parts.group_dense(group, name) for name in group.parts}
-    if group.leaves:
+    if group.leaves or (path not in self.changed and self._selects_anew()):
       self.leaves |= {f'{path}/{name}': leaf for name, leaf in group.leaves.items()}
       self.new_config = self.step.settle(self.new_config, self.rows)
       seen = {f'experts/{n}': w for n, w in dense.items()} if by_oracle(self.new_config) else {}
@@ -198,6 +198,11 @@ class Walk:
         acts.run_expert(expert, {name: w[i] for name, w in dense.items()})
     if self.work is None and self._keep:
       self._memory.setdefault(path, []).append(group)
+
+  def _selects_anew(self) -> bool:
+    """Whether tokens choose in another way after the step, be it without a router's weights."""
+    selection = lambda config: None if config.moe is None else config.moe.selection
+    return selection(self.new_config) != selection(self.config)
 
   def _run_uncompressed(self, acts, path) -> None:
     leaves = {p.rpartition('/')[2]: p for p in base.expert_leaves(self.source, path)}

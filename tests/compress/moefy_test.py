@@ -23,11 +23,14 @@ _SPEC.loader.exec_module(small)
 
 # Family -> what it is split by and chosen with; between them every split and every choice.
 WAYS = {
-    't5': [dict(), dict(split='coactivation', choice='cosine', calibrate=True)],
+    't5': [
+        dict(), dict(split='coactivation', choice='cosine', calibrate=True),
+        dict(split='contiguous', choice='oracle'),
+    ],
     't5_gated': [
         dict(split='random', choice='average'), dict(choice='norm', rule='within', epochs=2)
     ],
-    'opt': [dict(choice='euclid', fill=True), dict(split='contiguous', choice='oracle')],
+    'opt': [dict(choice='euclid', fill=True), dict(split='random', choice='oracle')],
     'llama': [dict(split='shared', shared=1 / 3, choice='representatives')],
     'llama_biased': [dict(choice='random', fill=True, calibrate=True)],
 }
