@@ -71,6 +71,11 @@ class Transform:
     """Whether the layer step asks its context for a `sample`."""
     return False
 
+  @property
+  def takes_split(self) -> bool:
+    """Whether the experts may be parts of a dense layer, none of which can be left out."""
+    return True
+
   def statistics(self) -> tuple[str, ...]:
     """Which `stats.KINDS` the plan is made from."""
     return ()
@@ -134,7 +139,8 @@ class Transform:
     del config
     return {
         name: self.predict(f'{path}/{name}', leaf, zero_share(f'{path}/{name}'))
-        if name.startswith('experts/') else leaf for name, leaf in leaves.items()
+        if name.startswith('experts/') and not name.endswith('_bias') else leaf
+        for name, leaf in leaves.items()
     }
 
   def layer(
@@ -167,6 +173,11 @@ def target_layers(step: Transform, source: account.Source) -> list[str]:
   config = source.config
   if config.moe is None:
     raise UserError(f'the model has no experts ({config.family}): {step.name} has nothing to do')
+  if config.moe.selection is not None and not step.takes_split:
+    raise UserError(
+        f'{step.name} changes how many experts there are, or how wide; those of a layer that was '
+        'dense are all of it: run fewer of them instead'
+    )
   layers = [
       path for stack in config.stacks for i in config.sparse_layers(stack)
       if step.takes(path := f'{stack}/layers_{i}/ffn')
@@ -182,9 +193,12 @@ def target_layers(step: Transform, source: account.Source) -> list[str]:
   return layers
 
 
-def expert_leaves(source: account.Source, layer: str) -> list[str]:
-  """The paths of the expert weights of an FFN layer."""
-  return [path for path in source.paths() if path.startswith(f'{layer}/experts/')]
+def expert_leaves(source: account.Source, layer: str, biases: bool = False) -> list[str]:
+  """The paths of the expert weights of an FFN layer, and of their biases if these are wanted."""
+  return [
+      path for path in source.paths()
+      if path.startswith(f'{layer}/experts/') and (biases or not path.endswith('_bias'))
+  ]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

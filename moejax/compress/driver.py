@@ -290,15 +290,16 @@ def _expected_names(source, walked) -> list[str]:
 
 def _leaves(source, walked):
   """(path, leaf) of the compressed model; one weight's experts are joined at a time."""
+  made = {layer: set(next(walked.groups(layer)).parts) for layer in walked.changed}
   for path in source.paths():
     layer, found, name = path.partition('/experts/')
-    if found and layer in walked.changed:
+    if found and name in made.get(layer, ()):
       yield path, _joined(walked, layer, name)
     else:
       yield path, walked.leaves[path] if path in walked.leaves else source.read(path)
   there = set(source.paths())
-  for layer in sorted(walked.changed):
-    for name in next(walked.groups(layer)).parts:
+  for layer, names in sorted(made.items()):
+    for name in sorted(names):
       if (path := f'{layer}/experts/{name}') not in there:
         yield path, _joined(walked, layer, name)
   yield from ((path, leaf) for path, leaf in walked.leaves.items() if path not in there)

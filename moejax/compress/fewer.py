@@ -53,6 +53,10 @@ class Fewer(base.Transform):
       raise UserError(f'{self.name}: expert_group = {self.expert_group}: at least 1')
     require_pattern(self.layers)
 
+  @property
+  def takes_split(self) -> bool:
+    return False
+
   def takes(self, path: str) -> bool:
     return re.fullmatch(self.layers, path) is not None
 

@@ -148,7 +148,7 @@ class Moefy(base.Transform):
 
   def _made(self, plan, path, source, context) -> parts.Group:
     config = context.config
-    names = [p.rpartition('/')[2] for p in base.expert_leaves(source, path)]
+    names = [p.rpartition('/')[2] for p in base.expert_leaves(source, path, biases=True)]
     ffn = {
         name: np.asarray(source.read_expert(f'{path}/experts/{name}', 0), np.float32)
         for name in names

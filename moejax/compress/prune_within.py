@@ -96,6 +96,10 @@ class PruneUnits(_Within):
   def name(self) -> str:
     return 'prune_units'
 
+  @property
+  def takes_split(self) -> bool:
+    return False
+
   def _count(self, config: ModelConfig) -> int:
     moe: Any = config.moe
     width = moe.width(config.d_ff)

@@ -187,6 +187,8 @@ class Walk:
     """Goes on behind a group of new experts."""
     self.rows.extend(dict(row) for row in group.rows)
     dense = {name: parts.group_dense(group, name) for name in group.parts}
+    if dense:
+      dense |= self._biases(path, group, dense)
     if group.leaves or (path not in self.changed and self._selects_anew()):
       self.leaves |= {f'{path}/{name}': leaf for name, leaf in group.leaves.items()}
       self.new_config = self.step.settle(self.new_config, self.rows)
@@ -199,13 +201,21 @@ class Walk:
     if self.work is None and self._keep:
       self._memory.setdefault(path, []).append(group)
 
+  def _biases(self, path, group, dense) -> dict[str, np.ndarray]:
+    """The biases that a group's step leaves as they are."""
+    paths = {p.rpartition('/')[2]: p for p in base.expert_leaves(self.source, path, biases=True)}
+    return {
+        name: np.stack([self.source.read_expert(p, e) for e in group.experts])
+        for name, p in paths.items() if name.endswith('_bias') and name not in dense
+    }
+
   def _selects_anew(self) -> bool:
     """Whether tokens choose in another way after the step, be it without a router's weights."""
     selection = lambda config: None if config.moe is None else config.moe.selection
     return selection(self.new_config) != selection(self.config)
 
   def _run_uncompressed(self, acts, path) -> None:
-    leaves = {p.rpartition('/')[2]: p for p in base.expert_leaves(self.source, path)}
+    leaves = {p.rpartition('/')[2]: p for p in base.expert_leaves(self.source, path, biases=True)}
     nodes = {
         name: self.source.read(p) for name, p in leaves.items()
         if isinstance(self.source.abstract(p), weights.WeightNode)

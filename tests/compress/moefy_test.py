@@ -9,8 +9,18 @@ import numpy as np
 import pytest
 
 from moejax import account, store
-from moejax.compress import as_dense, chain, compress, routers, split_core
+from moejax.compress import (
+  as_dense,
+  chain,
+  compress,
+  dry_run,
+  prune_units,
+  routers,
+  split_core,
+)
+from moejax.compress.merge import merge
 from moejax.compress.moefy import moefy
+from moejax.compress.prune import prune
 from moejax.compress.quantize import quantize
 from moejax.errors import UserError
 from moejax.model import Model
@@ -130,13 +140,26 @@ def test_a_folder_is_made_resumed_and_read_again(tmp_path, monkeypatch):
       before['active_parameters_per_token'] + router - 2 * 3 * 16 * 12)
 
 
-def test_one_after_the_other():
-  model, batches = small.model('t5_gated'), small.batches('t5_gated')
-  made = compress(
-      model, chain(moefy(4, share=0.5, choice='cosine'), quantize(4)), batches
-  )
-  assert np.isfinite(small.logits(made.model, 't5_gated')).all()
-  assert made.report['after']['expert_bits_per_weight'] < 20
+@pytest.mark.parametrize('family', ('t5_gated', 'opt'))
+def test_one_after_the_other(family):
+  model, batches = small.model(family), small.batches(family)
+  step = moefy(4, share=0.5, choice='cosine')
+  split = compress(model, step, batches).model
+  made = compress(model, chain(step, quantize(4)), batches, validation_batches=batches[:1])
+  got = small.logits(made.model, family)
+  assert np.abs(got - small.logits(split, family)).max() < 0.5 * np.abs(got).max()
+  assert made.report['loss'] == pytest.approx(
+      small.loss(made.model, family, batches[0]), rel=1e-4)
+  foreseen = dry_run(model, chain(step, quantize(4)))
+  assert foreseen['after']['stored_bytes'] == made.report['after']['stored_bytes']
+
+
+@pytest.mark.parametrize('step', (prune('reap', experts=2), merge(2), prune_units(units=2)))
+def test_experts_of_a_split_layer_are_not_left_out(step):
+  model, batches = small.model('t5'), small.batches('t5', 1)
+  split = compress(model, moefy(4, choice='cosine'), batches).model
+  with pytest.raises(UserError, match='run fewer of them instead'):
+    compress(split, step, batches)
 
 
 def test_gradients_reach_the_chosen_experts_only():
