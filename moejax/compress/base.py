@@ -178,6 +178,11 @@ def target_layers(step: Transform, source: account.Source) -> list[str]:
         f'{step.name} changes how many experts there are, or how wide; those of a layer that was '
         'dense are all of it: run fewer of them instead'
     )
+  if config.moe.selection is not None and config.moe.selection.score == 'oracle':
+    raise UserError(
+        'tokens of this model choose by what its experts give (oracle), which is a measure for '
+        'others: split the dense model with another choice'
+    )
   layers = [
       path for stack in config.stacks for i in config.sparse_layers(stack)
       if step.takes(path := f'{stack}/layers_{i}/ffn')

@@ -9,7 +9,15 @@ import jax
 import numpy as np
 
 from moejax import account
-from moejax.compress import base, fewer, parts, routers, sources, split_core
+from moejax.compress import (
+  base,
+  coactivation_core,
+  fewer,
+  parts,
+  routers,
+  sources,
+  split_core,
+)
 from moejax.compress.align_core import hidden_units
 from moejax.compress.cluster_core import expert_size
 from moejax.config import DecoderConfig, ModelConfig
@@ -64,8 +72,18 @@ class Moefy(base.Transform):
       raise UserError(f"moefy: shared = {self.shared} neurons need split = 'shared'")
     if self.choice == 'representatives' and self.split != 'shared':
       raise UserError("moefy: choice = 'representatives' needs split = 'shared'")
+    require_known(self.weights, 'weights', coactivation_core.WEIGHTS)
+    if not self.ridge > 0:
+      raise UserError(f'moefy: ridge = {self.ridge}: above 0')
     if self.rule != 'top' and self.mass is not None:
       raise UserError("moefy: mass is for rule = 'top', whose number it sets in each layer")
+    if self.top_k is not None and (self.rule != 'top' or self.mass is not None):
+      raise UserError("moefy: top_k is for rule = 'top', and mass sets it in each layer")
+    if self.rule in ('within', 'cumulative') and self.choice not in routers.POSITIVE:
+      raise UserError(
+          f'moefy: rule = {self.rule!r} is about shares of scores that are not below 0: those of '
+          f'choice {", ".join(map(repr, routers.POSITIVE))}, not of {self.choice!r}'
+      )
 
   def takes(self, path: str) -> bool:
     return re.fullmatch(self.layers, path) is not None
@@ -87,14 +105,20 @@ class Moefy(base.Transform):
     Raises:
       UserError: numbers that do not divide the layer.
     """
+    routers.check(self.choice, config)
+    held = {} if config.moe is None else fewer.experts_held(config)
+    if set(held.values()) - {1}:
+      raise UserError('moefy: layers of this model are split already: split all in one step')
     whole = self.experts or expert_count(config.d_ff, self.expert_size or 1)
     size = expert_size(config.d_ff, whole)
     shared = round(self.shared * whole)
     if shared and not isinstance(config, DecoderConfig):
       raise UserError(f'moefy: shared neurons are for decoders; this is a {config.family}')
-    if self.split == 'shared' and not config.gated:
-      raise UserError("moefy: split = 'shared' is for gated layers (CMoE)")
+    if self.split == 'shared' and not (config.gated and config.activation == 'silu'):
+      raise UserError("moefy: split = 'shared' is for layers gated by SiLU (CMoE)")
     experts = whole - shared
+    if experts < 2:
+      raise UserError(f'moefy: {experts} expert to choose from: at least 2')
     top_k = self.top_k or max(1, round(self.share * whole) - shared)
     if top_k > experts:
       raise UserError(f'moefy: top_k = {top_k} of {experts} experts')
@@ -103,7 +127,6 @@ class Moefy(base.Transform):
   def plan(
       self, config: ModelConfig, source: base.LeafSource, statistics: Any
   ) -> Mapping[str, Any]:
-    routers.check(self.choice, config)
     return self.foreseen(config)
 
   def reconfigure(self, config: ModelConfig, plan: Mapping[str, Any]) -> ModelConfig:
@@ -173,10 +196,10 @@ class Moefy(base.Transform):
         rule=self.rule, tau=self.tau, fill=self.fill, published=self.published,
         epochs=self.epochs, seed=self.seed,
     )
-    leaves: dict[str, np.ndarray] = {f'router/{n}': w for n, w in fitted.params.items()}
-    leaves |= {f'shared/{name}': w for name, w in beside.items()}
-    kept, fill = fitted.chosen_me, problem.fill() if self.fill else None
     dtypes = {name: source.abstract(f'{path}/experts/{name}').dtype for name in names}
+    leaves: dict[str, np.ndarray] = {f'router/{n}': w for n, w in fitted.params.items()}
+    leaves |= {f'shared/{name}': w.astype(dtypes[name]) for name, w in beside.items()}
+    kept, fill = fitted.chosen_me, problem.fill() if self.fill else None
     if self.calibrate:
       own['wo'] = routers.ridge_wo(problem, kept, self.ridge, fill)
     if fill is not None:
@@ -186,7 +209,8 @@ class Moefy(base.Transform):
       bias = np.zeros(config.d_model, np.float32) if held not in source.paths() else (
           np.asarray(source.read(held), np.float32)
       )
-      leaves['wo_bias'] = bias if fill is None else bias + fill.sum(0)
+      bias = bias if fill is None else bias + fill.sum(0)
+      leaves['wo_bias'] = bias.astype(dtypes['wo'])
     row = {
         'path': f'{path}/experts', 'transform': self.name, 'split': self.split,
         'choice': self.choice, 'experts': plan['experts'], 'top_k': fitted.top_k,
@@ -208,7 +232,9 @@ class Moefy(base.Transform):
     shapes = account.shapes(self.reconfigure(config, self.foreseen(config)))
     dtype = leaves['experts/wi'].dtype
     return {
-        name.removeprefix(f'{path}/'): jax.ShapeDtypeStruct(a.shape, dtype)
+        name.removeprefix(f'{path}/'): jax.ShapeDtypeStruct(
+            a.shape, np.float32 if '/router/' in name else dtype
+        )
         for name, a in shapes.items() if name.startswith(f'{path}/')
     }
 
@@ -250,10 +276,12 @@ def moefy(
     split: see `split_core.split`.
     choice: 'mlp', 'norm' (D2DMoE's dynamic k), 'cosine', 'euclid' (as in the public code),
       'average' (EMoE), 'representatives' (CMoE), 'oracle' and 'random'.
-    share: of the experts that a token runs. top_k: their number, instead of a share.
+    share: of the neurons that a token runs, shared ones included. top_k: the number of experts,
+      instead of a share.
     mass: each layer takes the fewest experts whose share of the activation mass reaches this.
-    rule: 'top', or a number that depends on the token: 'within', 'cumulative', 'above'. tau: its
-      threshold; None finds, in each layer, the one at which `share` of the experts run.
+    rule: 'top', or a number that depends on the token: 'within' and 'cumulative', for scores that
+      are not below 0, or 'above'. tau: its threshold; None finds, in each layer, the one at which
+      `share` of the neurons run.
     shared: share of the neurons that every token runs, for split 'shared'.
     fill: experts that do not run give their mean output (G-MoEfication); for smooth activations.
     calibrate: wo is fitted to the dense outputs by ridge regression, with `ridge` times the mean

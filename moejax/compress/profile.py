@@ -101,11 +101,10 @@ def profile(
       'smooth': min(row['active'] for row in rows) > 0.99, 'loss': None, 'expected': {},
   }
   if validation:
-    both = samples.collect(source.config, batches[:1], validation, sentinel=sentinel)
-    walked = walker.Walk(source, both, progress=progress)
+    data = samples.collect(source.config, batches, validation, sentinel=sentinel)
+    walked = walker.Walk(source, data.tail(), progress=progress)
     walked.run()
     result['loss'] = walked.loss
-    data = samples.collect(source.config, batches, validation, sentinel=sentinel)
     for share in look.shares:
       step = moefy.moefy(
           expert_size=look.expert_size, choice='oracle', share=share, seed=look.seed

@@ -18,6 +18,8 @@ CHOICES = {
     'mlp': 'mlp', 'norm': 'norm', 'cosine': 'unit_linear', 'euclid': 'unit_linear',
     'average': 'linear', 'representatives': 'swiglu', 'oracle': 'oracle', 'random': 'random',
 }
+# Those whose scores are never below 0.
+POSITIVE = ('norm', 'representatives', 'oracle', 'random')
 # Hidden units of D2DMoE's router.
 NORM_WIDTH = 128
 _ROWS = 2048
@@ -148,7 +150,9 @@ def fit(
     chosen, tau = np.asarray(_top(jnp.asarray(scores), k=top_k)), 0.0
   else:
     top_k = problem.count
-    tau = tau_for(scores, rule, share) if tau is None else tau
+    shared = problem.parts.shared / len(problem.parts.order)
+    routed = max((share - shared) / (1 - shared), 1 / problem.count)
+    tau = tau_for(scores, rule, routed) if tau is None else tau
     chosen = np.asarray(choice_lib.RULES[rule](jnp.asarray(scores), tau))
   total = aim.sum(1)
   kept = np.where(chosen, aim, 0.0).sum(1)

@@ -19,6 +19,10 @@ class SkipSecond(base.Transform):
   def name(self) -> str:
     return 'skip_second'
 
+  @property
+  def takes_split(self) -> bool:
+    return False
+
   def statistics(self) -> tuple[str, ...]:
     return ('routing',) if self.share is None else ()
 

@@ -168,6 +168,11 @@ def to_hf(
   """
   source = _Params(model) if isinstance(model, Model) else model
   config = source.config
+  if config.moe is not None and config.moe.selection is not None:
+    raise UserError(
+        f'Hugging Face has no form of a {config.family} whose layers were split into experts: '
+        'moejax.compress.as_dense(model) first, or keep the moejax format'
+    )
   values = FAMILIES[config.family].write_config(config)
   table = entries(config)
   _check_coverage(table, source)

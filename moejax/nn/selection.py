@@ -1,5 +1,7 @@
 """Linen shell of router 'selection': it declares what a score is computed from."""
 
+import dataclasses
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
@@ -58,4 +60,7 @@ class SelectionRouter(nn.Module):
       x_md = x_btd.reshape(-1, d).astype(jnp.float32)
       scores_bte = choice.scores(params, x_md, score).reshape(batch, length, -1)
     valid_bt = valid_bt if moe.router_ignore_padding_tokens else None
-    return selection.route(moe.selection, scores_bte, valid_bt)
+    rule = 'top' if moe.held == 1 else moe.selection.rule
+    return selection.route(
+        dataclasses.replace(moe.selection, rule=rule), scores_bte, valid_bt
+    )

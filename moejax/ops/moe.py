@@ -132,10 +132,15 @@ def _sharded(
       column = 0 if nodes else h.shape[1] * jax.lax.axis_index('tensor')
       return dropout.drop_rows(h, seed, pair, rate, column)
 
+    added = not nodes and mesh.shape['tensor'] > 1
+    if added and 'wo_bias' in experts:
+      first_of_all = jax.lax.axis_index('tensor') == 0
+      experts = {**experts, 'wo_bias': jnp.where(first_of_all, experts['wo_bias'], 0)}
+
     def compute(x, sizes, pair):
       hidden_fn = None if seed is None else lambda h: drop(h, pair)
       y = ffn.expert_ffn(experts, x, sizes, activation, hidden_fn)
-      return y if nodes or mesh.shape['tensor'] == 1 else jax.lax.psum(y, 'tensor')
+      return jax.lax.psum(y, 'tensor') if added else y
 
     return travel(compute, x, choice, keep, first, num_experts(experts), ways)
 
@@ -158,5 +163,7 @@ def _weight_specs(name: str, w: Any, mesh: Mesh, hidden: str | None) -> Any:
   """Specs of an expert weight inside the block, its hidden units split over the axis `hidden`."""
   if not tree.is_array(w):
     return w.specs(mesh)
+  if name.endswith('_bias'):
+    return PartitionSpec('expert', None if name == 'wo_bias' else hidden)
   axes = (hidden, None) if name == 'wo' else (None, hidden)
   return PartitionSpec('expert', *axes)

@@ -167,6 +167,13 @@ _FAMILIES = {
 
 
 def _kind(report: Report) -> tuple[str, str]:
+  if report.neurons_run:
+    return (
+        'What kind of model is this?',
+        'A language model in which every word used to meet every number of every layer. Between '
+        'the layers that look at other words stand so-called feed-forward layers, wide rows of '
+        'neurons, and these are what was changed.',
+    )
   family = str(report.model.get('family', 'switch'))
   experts, choices = _of(report, 'experts', 'several'), int(report.model.get('choices', 1))
   return (
@@ -220,10 +227,10 @@ def _fewer() -> tuple[str, str]:
 def _split() -> tuple[str, str]:
   return (
       'What was done to its layers?',
-      'In a layer that was whole before, most neurons stay silent for any one word. Neurons that '
-      'fire together were put into groups, the experts, and a small router guesses from the word '
-      'which groups will fire; only these are computed (MoEfication, Zhang and others, 2021). '
-      'Nothing was removed: with all groups chosen the layer is what it was.',
+      'In a layer that was whole before, many neurons stay silent for any one word. Neurons that '
+      'are alike were put into groups of equal size, the experts, and a small router guesses from '
+      'the word which groups matter; only these are computed (MoEfication, Zhang and others, '
+      '2021). No neuron was removed.',
   )
 
 

@@ -82,6 +82,8 @@ def with_losses(
   logits_bte = routing.logits_me.reshape(*shape, -1)
   k = config.top_k if config.router in DENSE else routing.choice_mk.shape[-1]
   chosen = None
+  if config.router == 'selection':
+    k, chosen = 1, routing.keep_mk[:, :1].reshape(*shape, 1)
   if routing.candidates_mk is not None:
     chosen = (routing.candidates_mk[:, :k] > 0).reshape(*shape, k)
   balance = routing.load_balance_loss

@@ -67,7 +67,8 @@ def hidden_loss(
   mean = jnp.mean(jnp.stack([
       distance(s.astype(jnp.float32), t.astype(jnp.float32)) for s, t in zip(student, teacher)
   ]))
-  return jnp.log(mean) if form == 'mse' else mean
+  # Of equal states the logarithm has no value, and no gradient.
+  return jnp.log(jnp.maximum(mean, jnp.finfo(jnp.float32).tiny)) if form == 'mse' else mean
 
 
 def _mse(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -8,7 +8,8 @@ import jax
 import numpy as np
 import pytest
 
-from moejax import account, store
+import moejax
+from moejax import account, config, sharding, store, tree
 from moejax.compress import (
   as_dense,
   chain,
@@ -103,6 +104,55 @@ def test_the_share_of_a_dynamic_number_is_the_one_asked_for():
     for row in made.report['layers']:
       assert 0.3 < row['neurons_run'] <= 0.4 + 1e-6, rule
     assert len(made.model.config.moe.selection.tau) == 2
+  model, batches = small.model('llama'), small.batches('llama')
+  step = moefy(12, split='shared', shared=0.25, choice='representatives', rule='above', share=0.5)
+  for row in compress(model, step, batches).report['layers']:
+    assert 0.45 < row['neurons_run'] <= 0.5 + 1e-6
+
+
+def test_untouched_layers_run_whatever_the_threshold():
+  model, batches = small.model('t5'), small.batches('t5')
+  step = moefy(4, choice='norm', rule='above', tau=1e6, epochs=1, layers='.*/layers_1/.*')
+  made = compress(model, step, batches, validation_batches=batches[:1])
+  assert made.report['loss'] == pytest.approx(small.loss(made.model, 't5', batches[0]), rel=1e-5)
+
+
+def test_split_layers_are_neither_split_again_nor_written_for_others(tmp_path):
+  model, batches = small.model('t5'), small.batches('t5')
+  some = moefy(4, choice='cosine', layers='.*/layers_0/.*')
+  with pytest.raises(UserError, match='split already'):
+    compress(model, chain(some, moefy(4, choice='cosine', layers='.*/layers_1/.*')), batches)
+  with pytest.raises(UserError, match='oracle'):
+    compress(model, chain(moefy(4, choice='oracle'), quantize(4)), batches)
+  split = compress(model, some, batches).model
+  with pytest.raises(UserError, match='as_dense') as error:
+    moejax.to_hf(split, tmp_path / 'hf')
+  assert '\n' not in str(error.value) and not (tmp_path / 'hf').exists()
+
+
+@pytest.mark.parametrize('axes', ((1, 2, 1), (1, 1, 2), (2, 2, 1)))
+def test_a_split_model_is_the_same_on_a_mesh(axes):
+  model, batches = small.model('opt'), small.batches('opt')
+  made = compress(model, moefy(4, share=0.5, choice='cosine', fill=True), batches).model
+  tokens = batches[0]['tokens']
+  want = np.asarray(made.apply(tokens).logits_btv)
+  on = sharding.make_mesh(config.MeshConfig(**dict(zip(('data', 'expert', 'tensor'), axes))))
+  placed = Model(made.config, sharding.place(made.params, on))
+  got = np.asarray(placed.apply(tokens, mesh=on).logits_btv)
+  np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+
+
+def test_dtypes_stay_and_are_foreseen():
+  model, batches = small.model('llama'), small.batches('llama')
+  half = Model(model.config, tree.cast_floats(model.params, jax.numpy.bfloat16))
+  step = moefy(6, split='shared', shared=1 / 3, choice='representatives')
+  made = compress(half, step, batches)
+  flat = tree.flatten(made.model.params)
+  kinds = {p.split('/')[3]: a.dtype.name for p, a in flat.items() if '/ffn/' in p}
+  assert kinds == {'norm': 'bfloat16', 'experts': 'bfloat16', 'shared': 'bfloat16',
+                   'router': 'float32'}
+  foreseen = dry_run(half, step)
+  assert foreseen['after']['stored_bytes'] == made.report['after']['stored_bytes']
 
 
 def test_a_folder_is_made_resumed_and_read_again(tmp_path, monkeypatch):
@@ -197,6 +247,10 @@ def test_the_fewest_experts_that_hold_a_mass():
     (lambda: moefy(4, share=0.0), r'share = 0.0: in \(0, 1\]'),
     (lambda: moefy(4, rule='within', mass=0.9), 'mass is for'),
     (lambda: moefy(4, choice='representatives'), "needs split = 'shared'"),
+    (lambda: moefy(4, rule='cumulative'), "not of 'mlp'"),
+    (lambda: moefy(4, rule='above', top_k=2), "top_k is for rule = 'top'"),
+    (lambda: moefy(4, weights='foo'), 'weights'),
+    (lambda: moefy(4, calibrate=True, ridge=0.0), 'ridge = 0.0: above 0'),
 ])
 def test_bad_settings_are_one_line(make, message):
   with pytest.raises(UserError, match=message) as error:
@@ -209,8 +263,9 @@ def test_bad_settings_are_one_line(make, message):
     ('t5', dict(expert_size=5), r'expert_size = 5 does not divide d_ff = 24: 1, 2, 3'),
     ('t5', dict(experts=4, top_k=5), 'top_k = 5 of 4'),
     ('opt', dict(experts=4, choice='average'), 'gated layers'),
-    ('opt', dict(experts=4, split='shared', shared=0.25), 'gated layers'),
+    ('opt', dict(experts=4, split='shared', shared=0.25), 'gated by SiLU'),
     ('t5_gated', dict(experts=4, split='shared', shared=0.25), 'for decoders'),
+    ('t5', dict(experts=1), '1 expert to choose from'),
     ('llama', dict(experts=4, layers='nothing'), 'takes no sparse layer|takes no'),
 ])
 def test_what_does_not_fit_a_model_is_one_line(family, step, message):

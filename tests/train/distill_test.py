@@ -72,3 +72,10 @@ def test_the_teacher_itself_has_no_loss():
 def test_bad_values(call, message):
   with pytest.raises(UserError, match=message):
     call(jnp.ones((2, 3, 4)))
+
+
+def test_equal_states_have_a_finite_loss_and_no_gradient():
+  x = jnp.ones((2, 3, 4))
+  for form in distill.FORMS:
+    loss, grad = jax.value_and_grad(lambda a, form=form: distill.hidden_loss([a], [x], form))(x)
+    assert np.isfinite(loss) and np.isfinite(np.asarray(grad)).all(), form
