@@ -75,7 +75,7 @@ def experts_a_token(config: ModelConfig, path: str, experts: int) -> int:
     stack, layer = path.split('/')[:2]
     own = config.of_layer(stack, int(layer.removeprefix('layers_'))).moe
     assert own is not None and own.selection is not None
-    return min(own.selection.top_k[0], experts)
+    return min(own.selection.choices[0], experts)
   return min(moe.top_k, experts)
 
 

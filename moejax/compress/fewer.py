@@ -217,8 +217,8 @@ def layer_leaves(source: base.LeafSource, path: str, names: Sequence[str]) -> di
 
 
 def expert_names(source: base.LeafSource, path: str) -> list[str]:
-  """Names of the expert weights of a layer ('wi', ...)."""
-  return [leaf.rpartition('/')[2] for leaf in base.expert_leaves(source, path)]
+  """Names of the expert weights of a layer, and of their biases ('wi', ...)."""
+  return [leaf.rpartition('/')[2] for leaf in base.expert_leaves(source, path, biases=True)]
 
 
 def read_experts(

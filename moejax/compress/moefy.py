@@ -137,14 +137,14 @@ class Moefy(base.Transform):
     bounded = self.rule == 'top' and self.mass is None
     selection = SelectionConfig(
         score=score, rule=self.rule,
-        top_k=(plan['top_k'] if bounded else plan['experts'],), tau=(self.tau or 0.0,),
+        choices=(plan['top_k'] if bounded else plan['experts'],), tau=(self.tau or 0.0,),
         width=routers.width(score, plan['experts']),
         bias=routers.has_bias(self.choice, config), fill=self.fill,
     )
     moe: Any = config.moe
     changes: dict[str, Any] = {'shared_d_ff': plan['shared']} if plan['shared'] else {}
     return dataclasses.replace(config, moe=dataclasses.replace(
-        moe, num_experts=plan['experts'], top_k=selection.top_k[0], selection=selection,
+        moe, num_experts=plan['experts'], top_k=selection.choices[0], selection=selection,
         layer_experts=held if len(set(held)) > 1 else (), **changes,
     ))
 
@@ -155,7 +155,7 @@ class Moefy(base.Transform):
     value = lambda name, default: tuple(found.get(p, {}).get(name, default) for p in paths)
     top_k, tau = value('top_k', moe.top_k), value('tau', moe.selection.tau[0])
     selection = dataclasses.replace(
-        moe.selection, top_k=top_k if len(set(top_k)) > 1 else top_k[:1],
+        moe.selection, choices=top_k if len(set(top_k)) > 1 else top_k[:1],
         tau=tau if len(set(tau)) > 1 else tau[:1],
     )
     most = max(k for p, k in zip(paths, top_k) if self.takes(p))

@@ -216,7 +216,7 @@ def check_layers(moe: MoeConfig | None, sparse_layers: int, d_ff: int) -> None:
     require(fits, 'moe.num_experts', held, f'must divide {split}')
   lists = {'layer_experts': moe.layer_experts, 'skip': moe.skip}
   if moe.selection is not None:
-    lists |= {'selection.top_k': moe.selection.top_k, 'selection.tau': moe.selection.tau}
+    lists |= {'selection.choices': moe.selection.choices, 'selection.tau': moe.selection.tau}
   for field, values in lists.items():
     require(
         len(values) in (0, 1, sparse_layers), f'moe.{field}', values,

@@ -18,9 +18,9 @@ class SelectionConfig(Checked):
   score: 'linear' in the token, 'unit_linear' in the token at length 1 (similarity), 'mlp'
     (MoEfication), 'norm' (D2DMoE, arXiv 2310.04361), 'swiglu' (CMoE, arXiv 2502.04416), 'oracle',
     by the experts' own activations, and 'random': the two ends that others are measured against.
-  rule: the 'top' scores, as many as top_k says; those 'within' a share tau of the largest;
+  rule: the 'top' scores, as many as choices says; those 'within' a share tau of the largest;
     the fewest whose 'cumulative' share of the sum reaches tau; those 'above' tau.
-  top_k, tau: of each sparse layer, or one for all. top_k bounds the other rules too.
+  choices, tau: of each sparse layer, or one for all. choices bounds the other rules too.
   width: hidden units of scores 'mlp' and 'norm'. bias: 'linear' scores have one.
   fill: an expert that is not chosen gives a constant, its mean output (G-MoEfication).
   """
@@ -29,7 +29,7 @@ class SelectionConfig(Checked):
   least: ClassVar[Mapping[str, float]] = {'width': 0}
   score: str = 'unit_linear'
   rule: str = 'top'
-  top_k: tuple[int, ...] = (1,)
+  choices: tuple[int, ...] = (1,)
   tau: tuple[float, ...] = (0.0,)
   width: int = 0
   bias: bool = False
@@ -43,8 +43,10 @@ class SelectionConfig(Checked):
         raise UserError(
             f'{self.section}{name} = {value!r}: one of {known}{did_you_mean(value, known)}'
         )
-    if not self.top_k or min(self.top_k) < 1:
-      raise UserError(f'{self.section}top_k = {self.top_k}: one number or more, each at least 1')
+    if not self.choices or min(self.choices) < 1:
+      raise UserError(
+          f'{self.section}choices = {self.choices}: one number or more, each at least 1'
+      )
     if not self.tau:
       raise UserError(f'{self.section}tau = {self.tau}: one number or more')
     if self.rule in ('within', 'cumulative') and not all(0 <= t <= 1 for t in self.tau):
@@ -55,4 +57,4 @@ class SelectionConfig(Checked):
   def of_layer(self, place: int) -> Self:
     """The settings of the sparse layer that is `place`-th of the model."""
     own = lambda values: (values[place if len(values) > 1 else 0],)
-    return dataclasses.replace(self, top_k=own(self.top_k), tau=own(self.tau))
+    return dataclasses.replace(self, choices=own(self.choices), tau=own(self.tau))

@@ -16,6 +16,7 @@ from moejax.routing import (
   gshard,
   hashed,
   losses,
+  selection,
   sparsemixer,
   switch,
   threshold,
@@ -143,6 +144,8 @@ def route(
     if tokens_bt is None:
       raise UserError("moe.router = 'hash' needs the token ids: pass tokens_bt")
     return hashed.route(tokens_bt, logits_bte, k, normalize=config.normalize_gates, **limits)
+  if config.selection is not None:
+    return selection.route(config.selection, logits_bte, valid_bt)
   if name == 'topk':
     return topk.route(logits_bte, k, normalize=config.normalize_gates, **limits)
   if name == 'densemixer':

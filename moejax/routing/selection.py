@@ -12,7 +12,7 @@ from moejax.routing.types import Routing
 def route(
     config: SelectionConfig, scores_bte: jax.Array, valid_bt: jax.Array | None = None
 ) -> Routing:
-  """Sends each token to the experts that the rule takes, at most top_k, the best scores first.
+  """Sends each token to the experts that the rule takes, at most `choices`, the best scores first.
 
   Gates are 1. Ties go to the expert of lower index.
 
@@ -20,11 +20,11 @@ def route(
     config: of one layer. scores_bte: float32. valid_bt: bool; False tokens go to no expert.
 
   Returns:
-    A Routing of top_k columns (all experts at most), keep_mk False past each token's set.
+    A Routing of `choices` columns (all experts at most), keep_mk False past each token's set.
   """
   experts = scores_bte.shape[-1]
   scores_me = scores_bte.reshape(-1, experts)
-  _, choice_mk = jax.lax.top_k(scores_me, min(config.top_k[0], experts))
+  _, choice_mk = jax.lax.top_k(scores_me, min(config.choices[0], experts))
   chosen_mk = None
   if config.rule != 'top':
     chosen_me = choice.RULES[config.rule](scores_me, config.tau[0])

@@ -88,7 +88,7 @@ def test_untouched_layers_stay_and_numbers_differ_by_layer():
   moe = made.model.config.moe
   assert moe.layer_experts == (1, 8, 1, 8)
   top_k = [row['top_k'] for row in made.report['layers']]
-  assert moe.selection.top_k[1::2] == tuple(top_k) and all(1 <= k < 8 for k in top_k)
+  assert moe.selection.choices[1::2] == tuple(top_k) and all(1 <= k < 8 for k in top_k)
   for row in made.report['layers']:
     assert row['mass_recall'] >= 0.7 - 1e-6
   want = model.params['encoder']['layers_0']['ffn']['wi']
