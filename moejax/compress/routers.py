@@ -209,9 +209,12 @@ def least_k(scores_me: np.ndarray, mass_me: np.ndarray, target: float) -> int:
   return int(np.argmax(reached)) + 1 if reached.any() else mass_me.shape[1]
 
 
-def tau_for(scores_me: np.ndarray, rule: str, share: float, steps: int = 30) -> float:
+def tau_for(scores_me: np.ndarray, rule: str, share: float, steps: int = 12) -> float:
   """The threshold of a rule at which a share of all pairs of token and expert is chosen, or a
-  little less."""
+  little less.
+
+  In steps of 1/4096 of its range: nearer to a score, rounding would decide on that expert.
+  """
   low, high = 0.0, 1.0
   if rule == 'above':
     low, high = float(scores_me.min()) - 1e-6, float(scores_me.max())
