@@ -81,8 +81,8 @@ def by_expert(x_md: jax.Array, experts: Experts, chosen_me: jax.Array, act: Act)
   return grouped.loop_over_experts(counts_e, expert, jnp.zeros(x_md.shape, jnp.float32))
 
 
-def everything(x_md: jax.Array, experts: Experts, chosen_me: jax.Array, act: Act) -> jax.Array:
-  """All experts for all tokens, those not chosen set to 0, float32 [m, d]."""
+def hidden_units(x_md: jax.Array, experts: Experts, act: Act) -> jax.Array:
+  """What wo multiplies, of all experts for all tokens, float32 [m, e, f]."""
 
   def product(name):
     y_mef = jnp.einsum(
@@ -92,7 +92,12 @@ def everything(x_md: jax.Array, experts: Experts, chosen_me: jax.Array, act: Act
     return y_mef if bias is None else y_mef + bias.astype(y_mef.dtype)[None]
 
   hidden = product('wi')
-  hidden = act(product('gate')) * hidden if 'gate' in experts else act(hidden)
+  return act(product('gate')) * hidden if 'gate' in experts else act(hidden)
+
+
+def everything(x_md: jax.Array, experts: Experts, chosen_me: jax.Array, act: Act) -> jax.Array:
+  """All experts for all tokens, those not chosen set to 0, float32 [m, d]."""
+  hidden = hidden_units(x_md, experts, act)
   hidden = jnp.where(chosen_me[..., None], hidden, 0.0).astype(x_md.dtype)
   y_md = jnp.einsum(
       'mef,efd->md', hidden, experts['wo'].astype(x_md.dtype), preferred_element_type=jnp.float32

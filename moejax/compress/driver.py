@@ -290,15 +290,14 @@ def _expected_names(source, walked) -> list[str]:
 
 def _leaves(source, walked):
   """(path, leaf) of the compressed model; one weight's experts are joined at a time."""
-  made = {layer: set(next(walked.groups(layer)).parts) for layer in walked.changed}
   for path in source.paths():
     layer, found, name = path.partition('/experts/')
-    if found and name in made.get(layer, ()):
+    if found and name in walked.changed.get(layer, ()):
       yield path, _joined(walked, layer, name)
     else:
       yield path, walked.leaves[path] if path in walked.leaves else source.read(path)
   there = set(source.paths())
-  for layer, names in sorted(made.items()):
+  for layer, names in sorted(walked.changed.items()):
     for name in sorted(names):
       if (path := f'{layer}/experts/{name}') not in there:
         yield path, _joined(walked, layer, name)

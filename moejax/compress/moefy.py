@@ -85,6 +85,10 @@ class Moefy(base.Transform):
           f'choice {", ".join(map(repr, routers.POSITIVE))}, not of {self.choice!r}'
       )
 
+  @property
+  def sees_logits(self) -> bool:
+    return True
+
   def takes(self, path: str) -> bool:
     return re.fullmatch(self.layers, path) is not None
 
@@ -176,10 +180,7 @@ class Moefy(base.Transform):
         name: np.asarray(source.read_expert(f'{path}/experts/{name}', 0), np.float32)
         for name in names
     }
-    (x,) = context.inputs([0])
-    x = spread(x, self.tokens)
-    if not len(x):
-      raise UserError(f'{path}: no calibration token; moefy needs some')
+    x, _ = context.sample(self.tokens)
     hidden = hidden_units(ffn, x, config.activation)
     made = split_core.split(
         ffn, plan['experts'], self.split, hidden_mf=hidden, x_md=x, shared=plan['shared'],
@@ -188,7 +189,7 @@ class Moefy(base.Transform):
     own, beside = split_core.cut(ffn, made)
     hidden = hidden[:, made.order[made.shared :]]
     problem = routers.Problem(
-        experts=own, hidden_mf=hidden, x_md=x, labels_f=made.labels, gated=config.gated,
+        experts=own, hidden_mf=hidden, x_md=x, labels_f=made.labels,
         relu=config.activation == 'relu' and not config.gated, parts=made, ffn=ffn,
     )
     fitted = routers.fit(
@@ -249,13 +250,6 @@ def expert_count(d_ff: int, size: int) -> int:
     sizes = ', '.join(str(n) for n in range(1, d_ff + 1) if d_ff % n == 0)
     raise UserError(f'expert_size = {size} does not divide d_ff = {d_ff}: {sizes} do')
   return d_ff // size
-
-
-def spread(x_md: np.ndarray, count: int) -> np.ndarray:
-  """At most `count` rows, evenly spread."""
-  if len(x_md) <= count:
-    return x_md
-  return x_md[np.unique(np.linspace(0, len(x_md) - 1, count).astype(int))]
 
 
 def moefy(

@@ -56,7 +56,6 @@ class Problem:
   hidden_mf: np.ndarray
   x_md: np.ndarray
   labels_f: np.ndarray
-  gated: bool
   relu: bool
   parts: split_core.Parts
   ffn: Mapping[str, np.ndarray]

@@ -109,7 +109,8 @@ class Walk:
   """One pass of the hidden states through the model; see the module.
 
   rows: the report's. leaves: what changed beside experts, by whole path. changed: the layers that
-  have new experts. loss: of the validation samples. stacks: the hidden states by stack.
+  have new experts, and which of their weights are new. loss: of the validation samples. stacks: the
+  hidden states by stack.
   """
 
   def __init__(
@@ -130,7 +131,7 @@ class Walk:
     self.observer = observer
     self.rows: list[dict[str, Any]] = []
     self.leaves: dict[str, np.ndarray] = {}
-    self.changed: set[str] = set()
+    self.changed: dict[str, set[str]] = {}
     self.loss: float | None = None
     self.stacks: dict[str, activations.Activations] = {}
     self._memory: dict[str, list[parts.Group]] = {}
@@ -195,7 +196,7 @@ class Walk:
       seen = {f'experts/{n}': w for n, w in dense.items()} if by_oracle(self.new_config) else {}
       acts.reroute(self.new_config, {**group.leaves, **seen})
     if dense:
-      self.changed.add(path)
+      self.changed.setdefault(path, set()).update(group.parts)
       for i, expert in enumerate(group.experts):
         acts.run_expert(expert, {name: w[i] for name, w in dense.items()})
     if self.work is None and self._keep:

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.neuron_select import vjp
+from kernels_pallas.neuron_select import ref, vjp
 from moejax import tree
 from moejax.ops import ffn, moe
 from moejax.routing.types import Routing
@@ -37,15 +37,6 @@ def activation_mass(
     experts: Mapping[str, Any], x_btd: jax.Array, activation: str
 ) -> jax.Array:
   """Summed sizes of each expert's hidden units, float32 [b, t, e] (MoEfication, 2110.01786)."""
-
-  def product(name):
-    y = jnp.einsum(
-        'btd,edf->btef', x_btd.astype(jnp.float32), experts[name].astype(jnp.float32)
-    )
-    bias = experts.get(f'{name}_bias')
-    return y if bias is None else y + bias.astype(jnp.float32)[None, None]
-
-  act = ffn.ACTIVATIONS[activation]
-  hidden = product('wi')
-  hidden = act(product('gate')) * hidden if 'gate' in experts else act(hidden)
-  return jnp.abs(hidden).sum(-1)
+  x_md = x_btd.reshape(-1, x_btd.shape[-1]).astype(jnp.float32)
+  hidden = ref.hidden_units(x_md, experts, ffn.ACTIVATIONS[activation])
+  return jnp.abs(hidden).sum(-1).reshape(*x_btd.shape[:2], -1)
