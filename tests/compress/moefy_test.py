@@ -27,7 +27,7 @@ from moejax.errors import UserError
 from moejax.model import Model
 
 _SPEC = importlib.util.spec_from_file_location(
-    'dense_models', Path(__file__).with_name('dense_models.py')
+    'small_models', Path(__file__).with_name('small_models.py')
 )
 small = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(small)
@@ -59,7 +59,7 @@ def name(value):
 
 @pytest.mark.parametrize('family, way', ALL, ids=name)
 def test_all_experts_are_the_dense_layer_and_some_are_what_the_report_says(family, way):
-  model, batches = small.model(family), small.batches(family)
+  model, batches = small.model(family), small.batches(family, 4)
   want = small.logits(model, family)
   whole = compress(
       model, moefy(6, **{**way, **everything(way), 'calibrate': False}), batches
@@ -81,7 +81,7 @@ def test_all_experts_are_the_dense_layer_and_some_are_what_the_report_says(famil
 
 
 def test_untouched_layers_stay_and_numbers_differ_by_layer():
-  model, batches = small.model('t5'), small.batches('t5')
+  model, batches = small.model('t5'), small.batches('t5', 4)
   made = compress(
       model, moefy(8, mass=0.7, choice='oracle', layers='.*/layers_1/.*'), batches
   )
@@ -98,27 +98,27 @@ def test_untouched_layers_stay_and_numbers_differ_by_layer():
 
 
 def test_the_share_of_a_dynamic_number_is_the_one_asked_for():
-  model, batches = small.model('opt'), small.batches('opt')
+  model, batches = small.model('opt'), small.batches('opt', 4)
   for rule in ('cumulative', 'above'):
     made = compress(model, moefy(12, rule=rule, choice='oracle', share=0.4), batches)
     for row in made.report['layers']:
       assert 0.3 < row['neurons_run'] <= 0.4 + 1e-6, rule
     assert len(made.model.config.moe.selection.tau) == 2
-  model, batches = small.model('llama'), small.batches('llama')
+  model, batches = small.model('llama'), small.batches('llama', 4)
   step = moefy(12, split='shared', shared=0.25, choice='representatives', rule='above', share=0.5)
   for row in compress(model, step, batches).report['layers']:
     assert 0.45 < row['neurons_run'] <= 0.5 + 1e-6
 
 
 def test_untouched_layers_run_whatever_the_threshold():
-  model, batches = small.model('t5'), small.batches('t5')
+  model, batches = small.model('t5'), small.batches('t5', 4)
   step = moefy(4, choice='norm', rule='above', tau=1e6, epochs=1, layers='.*/layers_1/.*')
   made = compress(model, step, batches, validation_batches=batches[:1])
   assert made.report['loss'] == pytest.approx(small.loss(made.model, 't5', batches[0]), rel=1e-5)
 
 
 def test_split_layers_are_neither_split_again_nor_written_for_others(tmp_path):
-  model, batches = small.model('t5'), small.batches('t5')
+  model, batches = small.model('t5'), small.batches('t5', 4)
   some = moefy(4, choice='cosine', layers='.*/layers_0/.*')
   with pytest.raises(UserError, match='split already'):
     compress(model, chain(some, moefy(4, choice='cosine', layers='.*/layers_1/.*')), batches)
@@ -132,7 +132,7 @@ def test_split_layers_are_neither_split_again_nor_written_for_others(tmp_path):
 
 @pytest.mark.parametrize('axes', ((1, 2, 1), (1, 1, 2), (2, 2, 1)))
 def test_a_split_model_is_the_same_on_a_mesh(axes):
-  model, batches = small.model('opt'), small.batches('opt')
+  model, batches = small.model('opt'), small.batches('opt', 4)
   made = compress(model, moefy(4, share=0.5, choice='cosine', fill=True), batches).model
   tokens = batches[0]['tokens']
   want = np.asarray(made.apply(tokens).logits_btv)
@@ -143,7 +143,7 @@ def test_a_split_model_is_the_same_on_a_mesh(axes):
 
 
 def test_dtypes_stay_and_are_foreseen():
-  model, batches = small.model('llama'), small.batches('llama')
+  model, batches = small.model('llama'), small.batches('llama', 4)
   half = Model(model.config, tree.cast_floats(model.params, jax.numpy.bfloat16))
   step = moefy(6, split='shared', shared=1 / 3, choice='representatives')
   made = compress(half, step, batches)
@@ -156,7 +156,7 @@ def test_dtypes_stay_and_are_foreseen():
 
 
 def test_a_folder_is_made_resumed_and_read_again(tmp_path, monkeypatch):
-  model, batches = small.model('llama'), small.batches('llama')
+  model, batches = small.model('llama'), small.batches('llama', 4)
   model.save(tmp_path / 'dense')
   step = moefy(expert_size=4, share=0.5, epochs=2)
   whole = compress(tmp_path / 'dense', step, batches, tmp_path / 'whole')
@@ -192,7 +192,7 @@ def test_a_folder_is_made_resumed_and_read_again(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize('family', ('t5_gated', 'opt'))
 def test_one_after_the_other(family):
-  model, batches = small.model(family), small.batches(family)
+  model, batches = small.model(family), small.batches(family, 4)
   step = moefy(4, share=0.5, choice='cosine')
   split = compress(model, step, batches).model
   made = compress(model, chain(step, quantize(4)), batches, validation_batches=batches[:1])
@@ -213,7 +213,7 @@ def test_experts_of_a_split_layer_are_not_left_out(step):
 
 
 def test_gradients_reach_the_chosen_experts_only():
-  model, batches = small.model('t5'), small.batches('t5')
+  model, batches = small.model('t5'), small.batches('t5', 4)
   made = compress(model, moefy(6, top_k=1, choice='cosine'), batches).model
   batch = batches[0]
 
@@ -266,7 +266,7 @@ def test_bad_settings_are_one_line(make, message):
     ('opt', dict(experts=4, split='shared', shared=0.25), 'gated by SiLU'),
     ('t5_gated', dict(experts=4, split='shared', shared=0.25), 'for decoders'),
     ('t5', dict(experts=1), '1 expert to choose from'),
-    ('llama', dict(experts=4, layers='nothing'), 'takes no sparse layer|takes no'),
+    ('llama', dict(experts=4, layers='nothing'), 'takes no sparse layer'),
 ])
 def test_what_does_not_fit_a_model_is_one_line(family, step, message):
   with pytest.raises(UserError, match=message) as error:

@@ -13,14 +13,14 @@ from moejax.errors import UserError
 from moejax.report import profile_png
 
 _SPEC = importlib.util.spec_from_file_location(
-    'dense_models', Path(__file__).with_name('dense_models.py')
+    'small_models', Path(__file__).with_name('small_models.py')
 )
 small = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(small)
 
 
 def test_a_relu_model():
-  model, batches = small.model('opt'), small.batches('opt')
+  model, batches = small.model('opt'), small.batches('opt', 4)
   look = profile.Look(expert_size=4, shares=(0.5, 1.0))
   found = profile.profile(model, batches, batches[:1], look)
   assert [row['path'] for row in found['layers']] == [

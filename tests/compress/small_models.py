@@ -1,10 +1,16 @@
-"""Tiny random models of every family of router, with calibration batches."""
+"""Tiny random models of every router and form of dense FFN, with calibration batches."""
 
 import jax
 import numpy as np
 
 from moejax import tree
-from moejax.config import DecoderConfig, DecoderMoeConfig, EncDecConfig, EncDecMoeConfig
+from moejax.config import (
+  DecoderConfig,
+  DecoderMoeConfig,
+  EncDecConfig,
+  EncDecMoeConfig,
+  ModelConfig,
+)
 from moejax.model import Model, init_params
 
 EXPERTS = 6
@@ -42,16 +48,49 @@ CONFIGS = {
 }
 
 
+DENSE_BASE = dict(max_positions=64, **BASE)
+ENCDEC = dict(
+    family='t5', vocab_size=61, d_model=16, d_kv=8, d_ff=24, num_heads=2, num_layers=2,
+    num_decoder_layers=2, dropout_rate=0.0,
+)
+DENSE = {
+    't5': EncDecConfig(**ENCDEC),
+    't5_gated': EncDecConfig(
+        activation='gelu_new', gated=True, tie_embeddings=False, **ENCDEC
+    ),
+    'opt': DecoderConfig(
+        family='opt', activation='relu', gated=False, norm='layer', rope=None, ffn_bias=True,
+        attention_bias=True, attention_out_bias=True, position_offset=2, tie_embeddings=True,
+        **DENSE_BASE,
+    ),
+    'llama': DecoderConfig(family='llama', **DENSE_BASE),
+    'llama_biased': DecoderConfig(family='llama', ffn_bias=True, **DENSE_BASE),
+}
+
+
+def config_of(family: str) -> ModelConfig:
+  return {**CONFIGS, **DENSE}[family]
+
+
+def has_encoder(family: str) -> bool:
+  return isinstance(config_of(family), EncDecConfig)
+
+
 def model(family: str, seed: int = 0) -> Model:
-  config = CONFIGS[family]
-  params = init_params(config, jax.random.key(seed))
-  return Model(config, params)
+  """The biases of dense FFNs are not 0."""
+  config = config_of(family)
+  flat = tree.flatten(init_params(config, jax.random.key(seed)))
+  rng = np.random.default_rng(seed)
+  for path, leaf in flat.items():
+    if family in DENSE and path.endswith('_bias') and '/ffn/' in path:
+      flat[path] = jax.numpy.asarray(rng.normal(0, 0.3, leaf.shape), leaf.dtype)
+  return Model(config, tree.unflatten(flat))
 
 
 def batches(family: str, count: int = 2, seed: int = 0) -> list[dict[str, np.ndarray]]:
   rng = np.random.default_rng(seed)
   draw = lambda: rng.integers(2, 61, (4, 24)).astype(np.int32)
-  if family != 'switch':
+  if not has_encoder(family):
     return [{'tokens': draw()} for _ in range(count)]
   made = []
   for _ in range(count):
@@ -68,7 +107,7 @@ def batches(family: str, count: int = 2, seed: int = 0) -> list[dict[str, np.nda
 
 def logits(made: Model, family: str) -> np.ndarray:
   batch = batches(family, 1, 7)[0]
-  if family == 'switch':
+  if has_encoder(family):
     tokens = batch['encoder_tokens']
     return np.asarray(made.apply(
         tokens, batch['decoder_tokens'], encoder_mask=tokens != 0
@@ -78,7 +117,7 @@ def logits(made: Model, family: str) -> np.ndarray:
 
 def loss(made: Model, family: str, batch: dict[str, np.ndarray]) -> float:
   """Mean cross-entropy of a batch through the whole model."""
-  if family == 'switch':
+  if has_encoder(family):
     tokens = batch['encoder_tokens']
     out = made.apply(tokens, batch['decoder_tokens'], encoder_mask=tokens != 0).logits_btv
     targets, weights = batch['targets'], batch['weights']

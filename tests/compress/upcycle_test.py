@@ -11,7 +11,7 @@ from moejax import Model, tree, upcycle
 from moejax.errors import UserError
 
 _SPEC = importlib.util.spec_from_file_location(
-    'dense_models', Path(__file__).with_name('dense_models.py')
+    'small_models', Path(__file__).with_name('small_models.py')
 )
 small = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(small)
