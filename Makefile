@@ -23,9 +23,9 @@ bench: $(VENV)/.installed-test
 	$(BIN)/python -m experiments.bench --suite foundation
 
 # A night: trains the demo's checkpoint from nothing, measures it, runs the benches, compares router
-# gradients, compiles the training steps of the largest models for TPU slices, cuts the checkpoint to
-# fewer experts by every method, trains the study's thirty small models. What is in
-# experiments/evidence already is not compiled or trained again.
+# gradients, compiles the training steps of the largest models for TPU slices, cuts the checkpoint
+# and a GRIN trained for it to fewer experts by every method, trains the study's thirty small models.
+# What is in experiments/evidence already is not compiled or trained again.
 evidence: $(VENV)/.installed-test
 	$(BIN)/python -m experiments.train --config configs/sotu_switch16.py --workdir runs/sotu
 	$(BIN)/python -m experiments.bench --suite foundation \
@@ -39,6 +39,11 @@ evidence: $(VENV)/.installed-test
 	$(BIN)/python -m experiments.estimators --out experiments/evidence/estimators
 	$(BIN)/python -m experiments.pods --out experiments/evidence/pods
 	$(BIN)/python -m experiments.fewer --recover 64
+	$(BIN)/python -m experiments.train --config configs/grin_tiny.py:grin --workdir runs/grin16 \
+	  --set model.moe.num_experts=16
+	$(BIN)/python -m experiments.fewer --model runs/grin16/model --samples 64 --test_samples 48 \
+	  --batch 4 --seeds 0 --out experiments/evidence/fewer_grin.json \
+	  --page experiments/RESULTS_FEWER_GRIN.md
 	$(BIN)/python -m experiments.study.texts
 	$(BIN)/python -m experiments.study
 

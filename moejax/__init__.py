@@ -46,6 +46,7 @@ _PUBLIC = {
     'decompose': 'moejax.compress.decompose',
     'moefy': 'moejax.compress.moefy',
     'upcycle': 'moejax.compress.upcycle',
+    'profile': 'moejax.compress.profile',
     'chain': 'moejax.compress.base',
     'gptq': 'moejax.compress.gptq_core',
     'rtn': 'moejax.compress.gptq_core',
