@@ -2,7 +2,8 @@
 
 Sparse upcycling (arXiv 2212.05055) starts the training of a mixture of experts from a dense model:
 every expert of a layer is its FFN, the router is random, everything else stays. With gates that sum
-to 1 the model computes at first what it did. It grows: nothing is compressed.
+to 1 the model computes at first what it did. It grows: nothing is compressed. A llama or mistral
+becomes a mixtral, whose Hugging Face files have experts in every layer: every=1 for those.
 """
 
 import dataclasses

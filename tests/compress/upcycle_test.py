@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from moejax import Model, tree, upcycle
+from moejax import Model, from_hf, to_hf, tree, upcycle
 from moejax.errors import UserError
 
 _SPEC = importlib.util.spec_from_file_location(
@@ -41,6 +41,14 @@ def test_the_function_is_the_same_until_it_trains(family, top_k, every, tmp_path
   grads = tree.flatten(jax.jit(jax.grad(spread))(made.params))
   assert all(np.isfinite(np.asarray(g)).all() for g in grads.values())
   assert any(np.abs(np.asarray(g)).max() > 0 for p, g in grads.items() if 'experts' in p)
+
+
+def test_an_upcycled_llama_is_a_mixtral(tmp_path):
+  made = upcycle(small.model('llama'), 4, every=1)
+  to_hf(made, tmp_path / 'hf')
+  again = from_hf(tmp_path / 'hf')
+  assert again.config.family == 'mixtral'
+  np.testing.assert_allclose(small.logits(again, 'llama'), small.logits(made, 'llama'), atol=1e-5)
 
 
 def test_noise_parts_the_copies():
