@@ -6,6 +6,7 @@ Example:
   python -m experiments.compress --config configs/qmoe.py:two_bit --set layers='decoder/.*' ...
   python -m experiments.compress --config configs/prune.py:reap --set experts=8 ...
   python -m experiments.compress --config configs/merge.py:hc_smoe --set ratio=0.25 ...
+  python -m experiments.compress --config configs/cut.py --set sparsity=0.6 ...
   python -m experiments.compress --config configs/moefy.py --set share=0.3 ...
 
 With --dry_run nothing is written or calibrated: a table and JSON say what the result will weigh.
@@ -21,7 +22,7 @@ from absl import flags
 from experiments import flags as common
 from moejax import account, errors, evaluate, files, presets, progress, store
 from moejax import report as report_lib
-from moejax.compress import base, driver, predict, profile, stats
+from moejax.compress import base, driver, predict, profile, relufy, stats
 from moejax.data import text
 from moejax.data import tokenizer as tokenizer_lib
 from moejax.report import profile_png
@@ -126,14 +127,28 @@ def look(
   }, indent=2))
 
 
+def cut(
+    folder: pathlib.Path, how: relufy.Relufy, calibration: list[dict[str, Any]], sentinel: int
+) -> None:
+  """Writes the model with thresholds for its activations to --out."""
+  files.require_target(str(_OUT.value))
+  relufy.relufy(
+      folder, how.kind, calibration, str(_OUT.value), sparsity=how.sparsity, shift=how.shift,
+      sentinel=sentinel, progress=True,
+  )
+  print(files.json_text({
+      'out': _OUT.value, **relufy.table(store.Source(str(_OUT.value)).config)
+  }, indent=2))
+
+
 def main() -> None:
   common.require('config', 'model')
   transform: Any = common.load_config(flags.FLAGS.config, flags.FLAGS.set)
-  if not isinstance(transform, base.Transform | base.Chain | profile.Look):
+  if not isinstance(transform, base.Transform | base.Chain | profile.Look | relufy.Relufy):
     raise errors.UserError(f'{flags.FLAGS.config} holds no compression; try configs/qmoe.py')
   if _DRY_RUN.value:
-    if isinstance(transform, profile.Look):
-      raise errors.UserError('--dry_run is for what changes a model')
+    if isinstance(transform, profile.Look | relufy.Relufy):
+      raise errors.UserError('--dry_run is for what changes the size of a model')
     dry_run(transform)
     return
   common.require('out')
@@ -148,6 +163,9 @@ def main() -> None:
   )
   if isinstance(transform, profile.Look):
     look(folder, transform, calibration, validation, tokenizer.first_sentinel)
+    return
+  if isinstance(transform, relufy.Relufy):
+    cut(folder, transform, calibration, tokenizer.first_sentinel)
     return
   first = transform.steps[0] if isinstance(transform, base.Chain) else transform
   result = driver.compress(

@@ -45,6 +45,7 @@ _PUBLIC = {
     'prune': 'moejax.compress.prune',
     'decompose': 'moejax.compress.decompose',
     'moefy': 'moejax.compress.moefy',
+    'relufy': 'moejax.compress.relufy',
     'upcycle': 'moejax.compress.upcycle',
     'profile': 'moejax.compress.profile',
     'chain': 'moejax.compress.base',

@@ -20,7 +20,7 @@ from moejax.nn.outputs import Output
 
 @functools.partial(
     jax.jit, static_argnames=(
-        'config', 'train', 'dtype', 'mesh', 'remat', 'microbatches', 'keep_states'
+        'config', 'train', 'dtype', 'mesh', 'remat', 'microbatches', 'keep_states', 'observe'
     )
 )
 def apply_fn(
@@ -49,7 +49,8 @@ def apply_fn(
       decoder, positions_bt (default 0, 1, ...), segments_bt (packed documents by number, which do
       not see each other), valid_bt (True for real tokens), draws (a router's recorded random
       numbers, by layer path) and microbatches (of a pipeline; 0: as many as stages). Of both,
-      keep_states: True for the hidden states of all layers in the output. All may be left out.
+      keep_states: True for the hidden states of all layers in the output, and observe: True for
+      the activity of dense FFNs. All may be left out.
       Params may be stacked (`nn.stacking`).
   """
   if train and key is None:
@@ -100,6 +101,7 @@ def forward(
         valid_bt=batch['segments'] > 0,
     )
   skip = config.moe is not None and config.moe.router_ignore_padding_tokens
+  skip = skip or options.get('observe', False)
   return run(
       batch['encoder_tokens'], batch['decoder_tokens'],
       encoder_mask=batch['encoder_tokens'] != config.pad_id,

@@ -14,7 +14,8 @@ MAPPED = ('prune reap', 'prune frequency', 'merge msmoe', 'merge hc_smoe', 'merg
           'merge random')
 
 
-def _plots() -> Any:
+def plots() -> Any:
+  """pyplot, on no display."""
   import matplotlib
 
   matplotlib.use('Agg')
@@ -23,16 +24,17 @@ def _plots() -> Any:
   return pyplot
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
+  """The figure as a file, closed."""
   buffer = io.BytesIO()
   figure.savefig(buffer, format='png', dpi=130)
-  _plots().close(figure)
+  plots().close(figure)
   return buffer.getvalue()
 
 
 def losses(result: Mapping[str, Any]) -> bytes:
   """Loss against bytes of experts, a line a method; one shot, and after recovery where there is."""
-  pyplot = _plots()
+  pyplot = plots()
   kinds = [kind for kind in ('loss', 'recovered') if page.losses(result, kind)]
   figure, panels = pyplot.subplots(
       1, len(kinds), figsize=(1.5 + 5.5 * len(kinds), 4.6), layout='constrained', sharey=True,
@@ -58,7 +60,7 @@ def losses(result: Mapping[str, Any]) -> bytes:
   panels[0][-1].legend(
       fontsize=7, frameon=False, loc='center left', bbox_to_anchor=(1.0, 0.5)
   )
-  return _png(figure)
+  return png(figure)
 
 
 def layer_map(result: Mapping[str, Any]) -> bytes | None:
@@ -75,7 +77,7 @@ def layer_map(result: Mapping[str, Any]) -> bytes | None:
   }
   if not chosen or not result.get('experts'):
     return None
-  pyplot = _plots()
+  pyplot = plots()
   layers = list(result['experts'])
   figure, panels = pyplot.subplots(
       1, len(layers), figsize=(1.5 + 4.0 * len(layers), 0.8 + 0.32 * len(chosen)),
@@ -97,7 +99,7 @@ def layer_map(result: Mapping[str, Any]) -> bytes | None:
     axes.tick_params(which='both', length=0)
     axes.set_title(layer, fontsize=8)
   figure.suptitle(f'{count} experts a layer: one colour became one, white went', fontsize=9)
-  return _png(figure)
+  return png(figure)
 
 
 def groups(run: Mapping[str, Any], layer: str) -> dict[int, int]:
@@ -118,7 +120,7 @@ def trees(result: Mapping[str, Any]) -> bytes | None:
   found = result.get('trees')
   if not found:
     return None
-  pyplot = _plots()
+  pyplot = plots()
   figure, panels = pyplot.subplots(
       1, len(found), figsize=(1.5 + 4.0 * len(found), 3.0), layout='constrained', squeeze=False
   )
@@ -127,4 +129,4 @@ def trees(result: Mapping[str, Any]) -> bytes | None:
     axes.set_title(layer, fontsize=8)
     axes.set_xlabel('expert', fontsize=8)
   panels[0][0].set_ylabel('distance of mean outputs', fontsize=8)
-  return _png(figure)
+  return png(figure)

@@ -17,15 +17,15 @@ class Cost(NamedTuple):
 
 def neuron_select(
     x_md: jax.Array, experts: Mapping[str, Any], chosen_me: jax.Array,
-    act: Callable[[jax.Array], jax.Array],
+    act: Callable[..., jax.Array],
 ) -> jax.Array:
   """y[m] = sum over the chosen e of wo_e(act(wi_e x[m])), [m, d] in x's dtype.
 
-  Gated where the experts have a gate: act(gate_e x) * (wi_e x). Accumulated in float32. See
-  `vjp` for gradients: the loops here run as long as what was chosen.
+  act(wi_e x[m], gate_e x[m]) where the experts have a gate. Accumulated in float32. See `vjp` for
+  gradients: the loops here run as long as what was chosen.
 
   Args:
-    x_md: tokens. experts: see the package. chosen_me: bool. act: elementwise.
+    x_md: tokens. experts: see the package. chosen_me: bool. act: elementwise, of one or two.
 
   Raises:
     ValueError: shapes that do not fit.

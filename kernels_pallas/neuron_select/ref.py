@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from kernels_pallas.grouped_matmul import ref as grouped
 
 Experts = Mapping[str, Any]
-Act = Callable[[jax.Array], jax.Array]
+# Hidden units from the products wi x and, where gated, gate x.
+Act = Callable[..., jax.Array]
 # Up to so many tokens go one by one. Above, rows are gathered in blocks of these sizes.
 FEW = 4
 BLOCKS = (256, 64, 16)
@@ -39,8 +40,7 @@ def _block(own: Mapping[str, jax.Array], x_md: jax.Array, act: Act) -> jax.Array
     y = _dot(x, own[name])
     return y + own[f'{name}_bias'].astype(y.dtype)[None] if f'{name}_bias' in own else y
 
-  hidden = product(x_md, 'wi')
-  hidden = act(product(x_md, 'gate')) * hidden if 'gate' in own else act(hidden)
+  hidden = act(*(product(x_md, name) for name in ('wi', 'gate') if name in own))
   return product(hidden.astype(x_md.dtype), 'wo')
 
 
@@ -91,8 +91,7 @@ def hidden_units(x_md: jax.Array, experts: Experts, act: Act) -> jax.Array:
     bias = experts.get(f'{name}_bias')
     return y_mef if bias is None else y_mef + bias.astype(y_mef.dtype)[None]
 
-  hidden = product('wi')
-  return act(product('gate')) * hidden if 'gate' in experts else act(hidden)
+  return act(*(product(name) for name in ('wi', 'gate') if name in experts))
 
 
 def everything(x_md: jax.Array, experts: Experts, chosen_me: jax.Array, act: Act) -> jax.Array:

@@ -13,7 +13,7 @@ from kernels_pallas.neuron_select import api, ref
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def neuron_select(
     x_md: jax.Array, experts: Mapping[str, Any], chosen_me: jax.Array,
-    act: Callable[[jax.Array], jax.Array],
+    act: Callable[..., jax.Array],
 ) -> jax.Array:
   """`api.neuron_select`, differentiable in the tokens and the experts."""
   return api.neuron_select(x_md, experts, chosen_me, act)

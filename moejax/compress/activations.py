@@ -15,7 +15,7 @@ import numpy as np
 from moejax import tree
 from moejax.compress import samples as samples_lib
 from moejax.compress import walk
-from moejax.config import ModelConfig
+from moejax.config import Activation, ModelConfig
 from moejax.ops import ffn
 
 _ROWS = 2048
@@ -52,6 +52,7 @@ class Activations:
     self.buffer = walk.embed(config, outer, tokens, positions)
     self._fields = [f for f in walk.Routed._fields if f != 'logits' or keep_logits]
     self._before = self.buffer
+    self.act = Activation(config.activation)
     self._layer: tuple[int, Any] | None = None
     self._routing: walk.Routed | None = None
     self._added: np.ndarray | None = None
@@ -69,6 +70,7 @@ class Activations:
   def run_layer(self, index: int, params: walk.Params) -> None:
     """A dense layer whole; a sparse one up to its experts, keeping each token's routing."""
     params = jax.tree.map(jnp.asarray, params)
+    self.act = self.config.of_layer(self.stack, index).act
     found: dict[str, np.ndarray] = {}
     added: np.ndarray | None = None
     for batch in self.batches:
@@ -164,7 +166,7 @@ class Activations:
     total = np.zeros(self.buffer.shape[1])
     for start in range(0, len(self.buffer), _ROWS):
       x = self.expert_inputs(np.arange(start, min(start + _ROWS, len(self.buffer))))
-      y = np.asarray(_expert(own, jnp.asarray(_pad_rows(x)), self.config.activation))
+      y = np.asarray(_expert(own, jnp.asarray(_pad_rows(x)), self.act))
       total += y[: len(x)].sum(0, dtype=np.float64)
     return total
 
@@ -180,7 +182,7 @@ class Activations:
     for start in range(0, len(tokens), _ROWS):
       piece = tokens[start : start + _ROWS]
       x = _pad_rows(self.expert_inputs(piece))
-      y = np.asarray(_expert(own, jnp.asarray(x), self.config.activation))[: len(piece)]
+      y = np.asarray(_expert(own, jnp.asarray(x), self.act))[: len(piece)]
       gates = factor[start : start + len(piece)]
       if see is not None:
         see(x[: len(piece)], y, gates)

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from scipy import optimize
 
+from moejax.config import Act
 from moejax.ops import ffn
 from moejax.ops.linear import linear
 
@@ -57,7 +58,7 @@ def correlation(reference_mf: np.ndarray, expert_mf: np.ndarray) -> np.ndarray:
   return a.T @ b / (len(a) - 1) / (np.outer(*deviation) + np.float32(EPS))
 
 
-def hidden_units(expert: Mapping[str, Any], x_md: np.ndarray, activation: str) -> np.ndarray:
+def hidden_units(expert: Mapping[str, Any], x_md: np.ndarray, activation: Act) -> np.ndarray:
   """What wo multiplies, [m, f]; rows are padded to a power of two, so that few shapes compile."""
   rows = 1 << max(len(x_md) - 1, 15).bit_length()
   padded = np.pad(np.asarray(x_md), ((0, rows - len(x_md)), (0, 0)))
@@ -70,8 +71,9 @@ def _hidden_units(expert, x_md, activation):
     y = linear(x_md, expert[name])
     return y + expert[f'{name}_bias'][None] if f'{name}_bias' in expert else y
 
-  act = ffn.ACTIVATIONS[activation]
-  return act(product('gate')) * product('wi') if 'gate' in expert else act(product('wi'))
+  return ffn.hidden_units(
+      activation, product('wi'), product('gate') if 'gate' in expert else None
+  )
 
 
 def match(profit_ff: jax.typing.ArrayLike) -> np.ndarray:

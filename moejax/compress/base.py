@@ -8,7 +8,7 @@ import numpy as np
 
 from moejax import account, weights
 from moejax.compress.parts import Group
-from moejax.config import ModelConfig
+from moejax.config import Activation, ModelConfig
 from moejax.errors import UserError
 
 
@@ -25,6 +25,7 @@ class LayerContext(Protocol):
 
   config: ModelConfig
   num_experts: int
+  act: Activation
 
   def inputs(self, experts: Sequence[int]) -> Iterable[np.ndarray]:
     """The normed inputs of each expert, float32 [m_e, d], made one by one, as often as asked.
@@ -99,6 +100,11 @@ class Transform:
     """`reconfigure`'s configuration with what only the layers that are done, their rows, tell."""
     del rows
     return config
+
+  def caution(self, rows: Sequence[Mapping[str, Any]]) -> str:
+    """What a user should know of what was done, told by the rows of its report; '' for nothing."""
+    del rows
+    return ''
 
   def view(self, source: Any) -> Any:
     """The source as this transform reads it."""

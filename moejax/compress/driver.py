@@ -16,6 +16,7 @@ import resource
 import shutil
 import time
 from typing import Any
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -71,7 +72,8 @@ def compress(
   peak_host_bytes), 'layers' (a row for each expert matrix: path, expert, transform, bits,
   bits_per_weight, zeros, relative_output_error, error_before_refit, fallback, tokens, ...),
   'before' and 'after' (as `account.summary`, and 'loss' over the validation samples, a mean over
-  their weights; None without any), and 'over_budget', the layers whose groups take more than a
+  their weights; None without any), 'warnings', what a user should know (also given to Python's
+  `warnings`), and 'over_budget', the layers whose groups take more than a
   search's target_bits.
 
   Raises:
@@ -88,6 +90,7 @@ def compress(
   origin = str(model) if isinstance(model, (str, Path)) else 'memory'
   report: dict[str, Any] = {
       'source': origin, 'model': _about(source.config), 'steps': [], 'layers': [],
+      'warnings': [],
       'before': account.of_source(source),
   }
   work_root = None if out is None else _work_folder(out, source, steps, data, statistics)
@@ -128,6 +131,7 @@ def _run(source, steps, data, out, work_root, origin, statistics, report, progre
   )
   report['layers'] += result.report['rows']
   report['steps'].append(entry)
+  _warn(steps, report)
   report['over_budget'] = sorted({
       row['path'].partition('/experts/')[0] for row in report['layers'] if row.get('over_budget')
   })
@@ -138,6 +142,15 @@ def _run(source, steps, data, out, work_root, origin, statistics, report, progre
     files.write_json(out / 'report.json', report)
     shutil.rmtree(work_root)
   return dataclasses.replace(result, report=report)
+
+
+def _warn(steps: Sequence[base.Transform], report: dict[str, Any]) -> None:
+  """What steps have to say of what they did goes into the report and to Python's warnings."""
+  for step in steps:
+    own = [row for row in report['layers'] if row['transform'] == step.name]
+    if said := step.caution(own):
+      report['warnings'].append(said)
+      warnings.warn(said, stacklevel=4)
 
 
 def _loss_before(source, data, work, progress) -> float | None:

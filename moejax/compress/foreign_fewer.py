@@ -17,6 +17,7 @@ import numpy as np
 
 from moejax import config as config_lib
 from moejax.compress import fewer, merge, on_inputs, parts, stats, stats_core
+from moejax.config import Act
 from moejax.errors import UserError, did_you_mean
 from moejax.ops import ffn
 
@@ -186,6 +187,7 @@ class _Context:
 
   def __init__(self, config: Any, experts: int, collect: Callable[[], list[Routed]]):
     self.config, self.num_experts, self._collect = config, experts, collect
+    self.act = config.act
     self._held: list[Routed] | None = None
 
   def inputs(self, experts: Sequence[int]) -> Iterable[np.ndarray]:
@@ -295,7 +297,7 @@ def _statistics(source, kinds, run, capture) -> stats.Statistics | None:
       routed = dataclasses.replace(routed, gate=gate)
       missing[path] |= {'gate', 'gate_norm', 'gate_ratio'}
     observer = stats.Observer(kinds, source)
-    acts: Any = _Acts(routed=routed, activation=source.config.activation)
+    acts: Any = _Acts(routed=routed, act=source.config.act)
     observer.layer(path, acts, held[path])
     for expert in range(held[path]) if looks else ():
       rows, place = np.nonzero(routed.choice == expert)
@@ -303,7 +305,7 @@ def _statistics(source, kinds, run, capture) -> stats.Statistics | None:
       for start in range(0, len(rows), _ROWS):
         piece = slice(start, start + _ROWS)
         x = routed.x[rows[piece]]
-        y = on_inputs.output(own, x, source.config.activation)
+        y = on_inputs.output(own, x, source.config.act)
         observer.expert(path, expert, own, x, y, gate[rows[piece], place[piece]])
       observer.all_tokens(path, expert, own, acts)
     totals[path] = stats_core.add(totals.get(path, {}), observer.layers[path])
@@ -333,14 +335,14 @@ class _Sums(dict):
 class _Acts:
   """What `stats.Observer` asks of a walk's activations."""
 
-  def __init__(self, routed: Routed, activation: str):
-    self.routing, self.activation = routed, activation
+  def __init__(self, routed: Routed, act: Act):
+    self.routing, self.act = routed, act
     self.buffer = routed.x[routed.keep.any(1)]
 
   def output_sum(self, weights_df: Mapping[str, np.ndarray]) -> np.ndarray:
     total = np.zeros(weights_df['wo'].shape[1])
     for start in range(0, len(self.buffer), _ROWS):
-      y = on_inputs.output(weights_df, self.buffer[start : start + _ROWS], self.activation)
+      y = on_inputs.output(weights_df, self.buffer[start : start + _ROWS], self.act)
       total += y.sum(0, dtype=np.float64)
     return total
 

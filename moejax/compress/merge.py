@@ -283,7 +283,7 @@ class Merge(fewer.Fewer):
       return own, groups.labels, groups.dominant
     experts = fewer.read_experts(source, path, range(context.num_experts))
     inputs = list(context.inputs(range(context.num_experts)))
-    activation = context.config.activation
+    activation = context.act
     if self.similarity == 'mse':
       similarity = lambda: similarity_core.mse(experts, inputs, activation)
     else:
@@ -324,7 +324,7 @@ class Merge(fewer.Fewer):
           'usage': float(np.sum(np.array(own['usage'])[members])),
           'bits_per_weight': fewer.bits_of(one),
           **on_inputs.change(
-              experts, one, context.inputs(members), context.config.activation
+              experts, one, context.inputs(members), context.act
           ),
       })
     stacked = {name: np.stack(ws) for name, ws in made.items()}
@@ -342,7 +342,7 @@ class Merge(fewer.Fewer):
       alike = None
       if self.operator == 'zipit':
         alike = on_inputs.unit_correlation(
-            experts, list(context.inputs(members)), context.config.activation
+            experts, list(context.inputs(members)), context.act
         )
       return merge_core.zip_units(experts, usage, alike)
     aligned, orders = self._aligned(path, source, context, members, leader, experts)
@@ -365,7 +365,7 @@ class Merge(fewer.Fewer):
     one = {name: w[0] for name, w in merged.items()}
     if self.operator == 'least_squares':
       one['wo'] = on_inputs.solve_wo(
-          one, experts, list(context.inputs(members)), context.config.activation, self.ridge
+          one, experts, list(context.inputs(members)), context.act, self.ridge
       )
     return one
 
@@ -387,7 +387,7 @@ class Merge(fewer.Fewer):
       out, orders = align_core.in_one_order(everyone, place, self.include_wo)
     else:
       out, orders = on_inputs.in_one_order(
-          everyone, place, list(context.inputs(ids)), context.config.activation,
+          everyone, place, list(context.inputs(ids)), context.act,
           with_weights=self.alignment == 'both', include_wo=self.include_wo,
           few_stay=bool(self.compat),
       )

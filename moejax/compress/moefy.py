@@ -20,10 +20,13 @@ from moejax.compress import (
 )
 from moejax.compress.align_core import hidden_units
 from moejax.compress.cluster_core import expert_size
-from moejax.config import DecoderConfig, ModelConfig
+from moejax.config import Activation, DecoderConfig, ModelConfig
 from moejax.config.moe import require_known, require_pattern
 from moejax.config.selection import RULES, SelectionConfig
 from moejax.errors import UserError
+
+# From this share of active neurons in a layer on a user is warned.
+_SMOOTH = 0.9
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,6 +170,15 @@ class Moefy(base.Transform):
         config, moe=dataclasses.replace(moe, selection=selection, top_k=most)
     )
 
+  def caution(self, rows: Sequence[Mapping[str, Any]]) -> str:
+    active = max((row['active_neurons'] for row in rows), default=0.0)
+    if self.fill or active < _SMOOTH:
+      return ''
+    return (
+        f'{active:.0%} of the neurons are active, so that none can be left out for nothing: relufy '
+        'the model first (configs/relufy.py, configs/cut.py), or set fill=true'
+    ).replace('%', ' %', 1)
+
   def layer(
       self, plan: Mapping[str, Any], path: str, source: base.LeafSource,
       context: base.LayerContext,
@@ -181,7 +193,7 @@ class Moefy(base.Transform):
         for name in names
     }
     x, _ = context.sample(self.tokens)
-    hidden = hidden_units(ffn, x, config.activation)
+    hidden = hidden_units(ffn, x, context.act)
     made = split_core.split(
         ffn, plan['experts'], self.split, hidden_mf=hidden, x_md=x, shared=plan['shared'],
         weights=self.weights, seed=self.seed,
@@ -190,7 +202,7 @@ class Moefy(base.Transform):
     hidden = hidden[:, made.order[made.shared :]]
     problem = routers.Problem(
         experts=own, hidden_mf=hidden, x_md=x, labels_f=made.labels,
-        relu=config.activation == 'relu' and not config.gated, parts=made, ffn=ffn,
+        relu=context.act == Activation('relu') and not config.gated, parts=made, ffn=ffn,
     )
     fitted = routers.fit(
         self.choice, problem, top_k=plan['top_k'], share=self.share, mass=self.mass,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.compress import align_core, merge_core, stats_core
+from moejax.config import Act
 from moejax.ops import ffn
 
 Experts = Mapping[str, Any]
@@ -19,7 +20,7 @@ _ROWS = 2048
 
 
 def in_one_order(
-    experts: Experts, reference: int, inputs: Sequence[np.ndarray], activation: str, *,
+    experts: Experts, reference: int, inputs: Sequence[np.ndarray], activation: Act, *,
     with_weights: bool = False, include_wo: bool = True, few_stay: bool = False,
 ) -> tuple[Experts, np.ndarray]:
   """`align_core.in_one_order` by correlation over all the inputs.
@@ -47,7 +48,7 @@ def in_one_order(
 
 
 def unit_correlation(
-    experts: Experts, inputs: Sequence[np.ndarray], activation: str
+    experts: Experts, inputs: Sequence[np.ndarray], activation: Act
 ) -> np.ndarray | None:
   """Of all hidden units of all experts over all the inputs, or None for too few of them."""
   x = np.concatenate(inputs)
@@ -60,7 +61,7 @@ def unit_correlation(
 
 
 def solve_wo(
-    merged: Experts, experts: Experts, inputs: Sequence[np.ndarray], activation: str, ridge: float
+    merged: Experts, experts: Experts, inputs: Sequence[np.ndarray], activation: Act, ridge: float
 ) -> Any:
   """`merge_core.solve_wo` for a merged expert [d, f]; its own wo where there are no inputs."""
   if not sum(map(len, inputs)):
@@ -76,7 +77,7 @@ def sums(read: Callable[[Sequence[int]], Experts], context: Any) -> stats_core.S
   Args:
     read: experts -> their weights. context: a `base.LayerContext` of a step that `sees_logits`.
   """
-  experts, activation = range(context.num_experts), context.config.activation
+  experts, activation = range(context.num_experts), context.act
   total = {name: np.zeros(len(experts)) for name in ('tokens', 'gate_norm')}
   means = []
   for e, x, gate in zip(experts, context.inputs(experts), context.gates(experts)):
@@ -93,7 +94,7 @@ def sums(read: Callable[[Sequence[int]], Experts], context: Any) -> stats_core.S
 
 
 def change(
-    experts: Experts, merged: Experts, inputs: Iterable[np.ndarray], activation: str
+    experts: Experts, merged: Experts, inputs: Iterable[np.ndarray], activation: Act
 ) -> dict[str, Any]:
   """How far the merged expert is from each token's own, and over how many tokens."""
   off, size, tokens = 0.0, 0.0, 0
@@ -111,7 +112,7 @@ def _one(experts: Experts, e: int) -> dict[str, Any]:
   return {name: w[e] for name, w in experts.items()}
 
 
-def output(expert: Experts, x_md: np.ndarray, activation: str) -> np.ndarray:
+def output(expert: Experts, x_md: np.ndarray, activation: Act) -> np.ndarray:
   """What an expert gives, [m, d]; rows are padded to a power of two, so that few shapes compile."""
   rows = 1 << max(len(x_md) - 1, 15).bit_length()
   padded = jnp.asarray(np.pad(x_md, ((0, rows - len(x_md)), (0, 0))))

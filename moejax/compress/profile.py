@@ -13,7 +13,6 @@ import numpy as np
 
 from moejax.compress import cluster_core, moefy, profile_core, samples, sources, walker
 from moejax.compress.align_core import hidden_units
-from moejax.config import ModelConfig
 from moejax.errors import UserError
 from moejax.model import Model
 
@@ -43,12 +42,13 @@ class _Observer:
 
   sees_logits = False
 
-  def __init__(self, config: ModelConfig, look: Look):
-    self._config, self._look = config, look
+  def __init__(self, look: Look):
+    self._look = look
     self.profiles: dict[str, profile_core.Profile] = {}
 
   def layer(self, path: str, acts: Any, experts: int) -> None:
-    del path, acts, experts
+    del path, experts
+    self._act = acts.act
 
   def all_tokens(self, path, expert, weights_df, acts) -> None:
     """Splits the layer, before its tokens come."""
@@ -62,7 +62,7 @@ class _Observer:
 
   def expert(self, path, expert, weights_df, x_md, y_md, gate_m) -> None:
     del expert, y_md, gate_m
-    hidden = hidden_units(weights_df, x_md, self._config.activation)
+    hidden = hidden_units(weights_df, x_md, self._act)
     self.profiles[path] = profile_core.add(self.profiles[path], hidden)
 
 
@@ -93,7 +93,7 @@ def profile(
   viewed = sources.as_one_expert(source)
   batches, validation = list(batches), list(validation_batches)
   alone = samples.collect(source.config, batches, (), sentinel=sentinel)
-  observer = _Observer(source.config, look)
+  observer = _Observer(look)
   walker.Walk(viewed, alone, observer=observer, progress=progress).run()
   rows = [_row(path, found) for path, found in observer.profiles.items()]
   result: dict[str, Any] = {

@@ -118,7 +118,7 @@ class Prune(fewer.Fewer):
   def _search(self, path, source, context, count) -> tuple[np.ndarray, dict[str, Any]]:
     x, logits = context.sample(self.samples)
     outputs = np.stack([
-        np.asarray(ffn.dense_ffn(_expert(source, path, e), x, context.config.activation))
+        np.asarray(ffn.dense_ffn(_expert(source, path, e), x, context.act))
         for e in range(context.num_experts)
     ])
     gates = functools.partial(_gates, context.config.moe)

@@ -54,27 +54,27 @@ class _Within(base.Transform):
     for e in ids:
       expert = {n: w[0] for n, w in fewer.read_experts(source, path, [e]).items()}
       (x,), (gate,) = context.inputs([e]), context.gates([e])
-      new, about = self._pruned(expert, x, gate, context.config)
+      new, about = self._pruned(expert, x, gate, context)
       for name, w in new.items():
         made.setdefault(name, []).append(w.astype(expert[name].dtype))
       rows.append({
           'path': f'{path}/experts', 'expert': e, 'transform': self.name,
           'bits_per_weight': fewer.bits_of(new), **about,
           **on_inputs.change({n: w[None] for n, w in expert.items()}, new, [x],
-                             context.config.activation),
+                             context.act),
       })
     return fewer.group_of(ids, {n: np.stack(ws) for n, ws in made.items()}, rows, {})
 
-  def _pruned(self, expert, x_md, gate_m, config) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+  def _pruned(self, expert, x_md, gate_m, context) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     raise NotImplementedError
 
 
-def _square_sums(expert, x_md, gate_m, config) -> dict[str, np.ndarray]:
+def _square_sums(expert, x_md, gate_m, activation) -> dict[str, np.ndarray]:
   """Of each input of each matrix, the sum of squares of gate * input; ones without a token."""
   d, f = expert['wi'].shape
   if not len(x_md):
     return {'wi': np.ones(d), 'gate': np.ones(d), 'wo': np.ones(f)}
-  hidden = align_core.hidden_units(expert, x_md, config.activation)
+  hidden = align_core.hidden_units(expert, x_md, activation)
   total = lambda a: np.square(a * gate_m[:, None], dtype=np.float64).sum(0)
   inputs = total(x_md)
   return {'wi': inputs, 'gate': inputs, 'wo': total(hidden)}
@@ -121,11 +121,12 @@ class PruneUnits(_Within):
         config, moe=dataclasses.replace(moe, d_ff=next(iter(plan.values())))
     )
 
-  def _pruned(self, expert, x_md, gate_m, config):
-    score = prune_core.unit_score(expert['wo'], _square_sums(expert, x_md, gate_m, config)['wo'])
+  def _pruned(self, expert, x_md, gate_m, context):
+    sums = _square_sums(expert, x_md, gate_m, context.act)
+    score = prune_core.unit_score(expert['wo'], sums['wo'])
     # Of units that no token woke those with the larger weights stay.
     size = np.linalg.norm(expert['wo'].astype(np.float32), axis=1)
-    kept = np.sort(np.lexsort((-size, -np.asarray(score)))[: self._count(config)])
+    kept = np.sort(np.lexsort((-size, -np.asarray(score)))[: self._count(context.config)])
     new = dict(expert)
     new |= {name: expert[name][..., kept] for name in _UNITS if name in expert}
     return {**new, 'wo': expert['wo'][kept]}, {'units': len(kept)}
@@ -175,8 +176,8 @@ class PruneWeights(_Within):
           f'prune_weights: {path} has {leaf.shape[1]} inputs: m = {self.m} does not divide them'
       )
 
-  def _pruned(self, expert, x_md, gate_m, config):
-    sums = _square_sums(expert, x_md, gate_m, config)
+  def _pruned(self, expert, x_md, gate_m, context):
+    sums = _square_sums(expert, x_md, gate_m, context.act)
     new = dict(expert)
     for name in sums.keys() & expert.keys():
       new[name] = np.asarray(prune_core.n_of_m(expert[name], sums[name], self.n, self.m))

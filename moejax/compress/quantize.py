@@ -12,6 +12,7 @@ import numpy as np
 
 from moejax import account, tree, weights
 from moejax.compress import base, budget, hessian_core, matrix, parts
+from moejax.config import Act
 from moejax.config.moe import require_pattern
 from moejax.errors import UserError
 from moejax.ops import ffn
@@ -104,7 +105,7 @@ class Quantize(base.Transform):
     h_in, tokens = matrix.hessians(context.inputs(ids))
 
     def hidden(weights: Mapping[str, np.ndarray]) -> jax.Array:
-      return _hidden_hessians(weights, context.inputs(ids), tokens, context.config.activation)
+      return _hidden_hessians(weights, context.inputs(ids), tokens, context.act)
 
     h_out = functools.cache(lambda: hidden({name: own[name] for name in first}))
 
@@ -154,17 +155,16 @@ def _quantize_kept(
 
 
 @functools.partial(jax.jit, static_argnames=('activation',))
-def _hidden_gram(weights_df: Mapping[str, jax.Array], x_md: jax.Array, activation: str):
+def _hidden_gram(weights_df: Mapping[str, jax.Array], x_md: jax.Array, activation: Act):
   """Gram matrix of the inputs of wo."""
-  act = ffn.ACTIVATIONS[activation]
   dot = lambda name: x_md @ weights_df[name].astype(jnp.float32)
-  hidden = act(dot('gate')) * dot('wi') if 'gate' in weights_df else act(dot('wi'))
-  return hessian_core.gram(hidden)
+  gate = dot('gate') if 'gate' in weights_df else None
+  return hessian_core.gram(ffn.hidden_units(activation, dot('wi'), gate))
 
 
 def _hidden_hessians(
     own: Mapping[str, np.ndarray], inputs: Iterable[np.ndarray], tokens: Sequence[int],
-    activation: str,
+    activation: Act,
 ) -> jax.Array:
   grams, hidden_size = [], own['wi'].shape[2]
   for i, x in enumerate(inputs):

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from moejax.compress import align_core
+from moejax.config import Act
 
 EPS = 1e-7
 
@@ -77,7 +78,7 @@ def weight_feature(
 
 
 def mse(
-    experts: Mapping[str, Any], inputs: Sequence[np.ndarray], activation: str
+    experts: Mapping[str, Any], inputs: Sequence[np.ndarray], activation: Act
 ) -> np.ndarray:
   """1 / (1 + 0.1 ln SSE) of two experts' plain average against each on its own tokens.
 
@@ -98,7 +99,7 @@ def mse(
 
 
 def feature_correlation(
-    experts: Mapping[str, Any], inputs: Sequence[np.ndarray], activation: str,
+    experts: Mapping[str, Any], inputs: Sequence[np.ndarray], activation: Act,
     match: str = 'lsa',
 ) -> np.ndarray:
   """Mean correlation, moved to [0, 1], of matched hidden units on the tokens of both experts.
@@ -124,7 +125,7 @@ def _expert(experts: Mapping[str, Any], e: int) -> dict[str, Any]:
   return {name: w[e] for name, w in experts.items()}
 
 
-def _output(expert: Mapping[str, Any], x_md: np.ndarray, activation: str) -> np.ndarray:
+def _output(expert: Mapping[str, Any], x_md: np.ndarray, activation: Act) -> np.ndarray:
   y = align_core.hidden_units(expert, x_md, activation) @ np.asarray(expert['wo'], np.float32)
   return y + expert['wo_bias'] if 'wo_bias' in expert else y
 

@@ -28,7 +28,7 @@ import numpy as np
 
 from moejax import files, settings
 from moejax.compress import activations, align_core, samples, sources, stats_core, walker
-from moejax.config import ModelConfig
+from moejax.config import Activation, ModelConfig
 from moejax.errors import UserError, did_you_mean
 from moejax.model import Model, apply_fn
 
@@ -256,7 +256,7 @@ class Observer:
   def __init__(self, kinds: tuple[str, ...], source: Any):
     self.kinds, self.source = kinds, source
     self.layers: dict[str, stats_core.Sums] = {}
-    self._held = 0
+    self._held, self._act = 0, Activation('relu')
 
   @property
   def sees_logits(self) -> bool:
@@ -264,7 +264,7 @@ class Observer:
 
   def layer(self, path: str, acts: activations.Activations, experts: int) -> None:
     """A layer whose tokens are routed and whose experts have not run; it holds so many."""
-    routed, self._held = acts.routing, experts
+    routed, self._held, self._act = acts.routing, experts, acts.act
     sums = self.layers.setdefault(path, {})
     sums['tokens'] = np.zeros(experts)
     if 'routing' in self.kinds:
@@ -294,7 +294,7 @@ class Observer:
     if 'outputs' in self.kinds:
       own |= _output_moments(_rows(y_md), _rows(gate_m))
     if 'hidden' in self.kinds:
-      h = align_core.hidden_units(weights_df, x_md, self.source.config.activation)
+      h = align_core.hidden_units(weights_df, x_md, self._act)
       own['hidden_square'] = np.square(np.asarray(h, np.float64)).sum(0)
     for name, value in own.items():
       value = np.asarray(value, np.float64)

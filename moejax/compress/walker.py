@@ -57,7 +57,8 @@ class Context:
   def __init__(self, config, acts, calibration, work, layer, limit, special):
     self.config = config
     stack, name, _ = layer.split('/')
-    self.num_experts = config.of_layer(stack, int(name.removeprefix('layers_'))).moe.held
+    own = config.of_layer(stack, int(name.removeprefix('layers_')))
+    self.num_experts, self.act = own.moe.held, own.act
     self._acts, self._calibration, self._work, self._layer = acts, calibration, work, layer
     self._limit, self._special = limit, special
 

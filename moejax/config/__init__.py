@@ -1,9 +1,11 @@
 """Every setting of a model and a run as frozen, validated dataclasses; see also `settings`."""
 
+from moejax.config.activation import ACTIVATIONS, Act, Activation, CutsConfig
 from moejax.config.decoder import DecoderConfig, DecoderMoeConfig, RopeConfig
-from moejax.config.encdec import ACTIVATIONS, EncDecConfig, EncDecMoeConfig
+from moejax.config.encdec import EncDecConfig, EncDecMoeConfig
 from moejax.config.moe import BALANCES, ROUTERS, VARIANTS, MoeConfig
 from moejax.config.run import (
+  ActivityConfig,
   DataConfig,
   DistillConfig,
   Experiment,
@@ -21,6 +23,10 @@ __all__ = [
   'BALANCES',
   'ROUTERS',
   'VARIANTS',
+  'Act',
+  'Activation',
+  'ActivityConfig',
+  'CutsConfig',
   'DataConfig',
   'DecoderConfig',
   'DecoderMoeConfig',

@@ -4,7 +4,13 @@ from collections.abc import Mapping
 import dataclasses
 from typing import ClassVar
 
-from moejax.config.encdec import ACTIVATIONS
+from moejax.config.activation import (
+  ACTIVATIONS,
+  Activation,
+  CutsConfig,
+  activation_of,
+  check_activation,
+)
 from moejax.config.moe import MoeConfig, check_layers, require, require_known
 from moejax.settings import Checked
 
@@ -94,9 +100,10 @@ class DecoderConfig(Checked):
   d_model, d_head, d_ff: width, width of a head, hidden units of a dense FFN (and of an expert where
   moe.d_ff is not set). num_kv_heads: heads of keys and values, each for num_heads / num_kv_heads of
   queries (arXiv 2305.13245). max_positions: the context, prompt and new tokens together.
-  activation, gated: act(gate x) * (wi x), or act(wi x). attention_bias: of queries, keys and
-  values; attention_out_bias, ffn_bias and head_bias: of the products they name. eos_ids: ids that
-  end a text, the first of which training puts there. moe: what its sparse layers are, or None.
+  activation, gated: act(gate x) * (wi x), or act(wi x). cuts: what of it is made 0.
+  attention_bias: of queries, keys and values; attention_out_bias, ffn_bias and head_bias: of the
+  products they name. eos_ids: ids that end a text, the first of which training puts there. moe:
+  what its sparse layers are, or None.
   norm: 'rms', or 'layer' with bias. qk_norm: RMS norm of queries and keys, over each 'head' or the
   'full' width. clip_qkv: bound on queries, keys and values. rope: None for learned positions, of
   which there are max_positions (plus `position_offset` rows never used). sliding_window: a token
@@ -144,6 +151,7 @@ class DecoderConfig(Checked):
   pad_id: int | None = None
   bos_id: int | None = None
   eos_ids: tuple[int, ...] = ()
+  cuts: CutsConfig | None = None
   moe: DecoderMoeConfig | None = None
 
   def __post_init__(self):
@@ -178,6 +186,7 @@ class DecoderConfig(Checked):
           'model.rope.short_factor', f'{len(self.rope.short_factor)} values',
           f'must be {rotated // 2}, one for each frequency',
       )
+    check_activation(self.activation, self.gated, self.cuts, self.num_layers)
     check_layers(self.moe, len(self.sparse_layers()), self.d_ff)
 
   @property
@@ -201,7 +210,9 @@ class DecoderConfig(Checked):
     )
 
   def of_layer(self, stack: str, index: int) -> 'DecoderConfig':
-    """The config of one layer: the same, but for the number of experts that it holds."""
+    """The config of one layer: the same, but for its cuts and the number of experts it holds."""
+    if self.cuts is not None:
+      self = dataclasses.replace(self, cuts=self.cuts.of_layer(index))
     if self.moe is None or index not in self.sparse_layers(stack):
       return self
     return dataclasses.replace(self, moe=self.moe.of_layer(self.sparse_layers().index(index)))
@@ -209,6 +220,11 @@ class DecoderConfig(Checked):
   def window_of(self, layer: int) -> int | None:
     """How many tokens a token of this layer sees, itself included; None for all before it."""
     return None if layer in self.full_attention_layers else self.sliding_window
+
+  @property
+  def act(self) -> Activation:
+    """What makes hidden units, of the config of one layer."""
+    return activation_of(self.activation, self.cuts)
 
   def init_std(self, inputs: int) -> float:
     """Standard deviation of a fresh weight: one for all."""

@@ -4,10 +4,15 @@ from collections.abc import Mapping
 import dataclasses
 from typing import ClassVar
 
+from moejax.config.activation import (
+  ACTIVATIONS,
+  Activation,
+  CutsConfig,
+  activation_of,
+  check_activation,
+)
 from moejax.config.moe import MoeConfig, check_layers, require, require_known
 from moejax.settings import Checked
-
-ACTIVATIONS = ('relu', 'gelu', 'gelu_new', 'silu')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -57,6 +62,7 @@ class EncDecConfig(Checked):
   pad_id: int = 0
   eos_id: int = 1
   decoder_start_id: int = 0
+  cuts: CutsConfig | None = None
   moe: EncDecMoeConfig | None = None
 
   def __post_init__(self):
@@ -83,6 +89,9 @@ class EncDecConfig(Checked):
         self.family == 'switch' or self.moe is None or self.moe.router == 'selection',
         'model.moe', self.moe, "must be null for family 't5', or have router 'selection'",
     )
+    check_activation(
+        self.activation, self.gated, self.cuts, self.num_layers + self.num_decoder_layers
+    )
     check_layers(
         self.moe, sum(len(self.sparse_layers(stack)) for stack in ('encoder', 'decoder')), self.d_ff
     )
@@ -101,13 +110,21 @@ class EncDecConfig(Checked):
     return tuple(i for i in range(self.layers_of(stack)) if step == 1 or i % step == 1)
 
   def of_layer(self, stack: str, index: int) -> 'EncDecConfig':
-    """The config of one layer: the same, but for the number of experts that it holds."""
+    """The config of one layer: the same, but for its cuts and the number of experts it holds."""
+    if self.cuts is not None:
+      place = index + (self.num_layers if stack == 'decoder' else 0)
+      self = dataclasses.replace(self, cuts=self.cuts.of_layer(place))
     if self.moe is None or index not in self.sparse_layers(stack):
       return self
     place = self.sparse_layers(stack).index(index)
     if stack == 'decoder':
       place += len(self.sparse_layers('encoder'))
     return dataclasses.replace(self, moe=self.moe.of_layer(place))
+
+  @property
+  def act(self) -> Activation:
+    """What makes hidden units, of the config of one layer."""
+    return activation_of(self.activation, self.cuts)
 
   def init_std(self, inputs: int) -> float:
     """Standard deviation of a fresh weight with so many inputs (T5's)."""

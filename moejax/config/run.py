@@ -183,6 +183,35 @@ class DistillConfig(Checked):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class ActivityConfig(Checked):
+  """A loss on the activity of dense FFNs beside the others, a mean over them (`train.activity`).
+
+  form: 'l1', the mean size of hidden units; 'hoyer', the square-Hoyer index over their number;
+  'above', for smooth activations, how far their inputs are over -10 (D2DMoE, arXiv 2310.04361);
+  empty for none. weights, steps: of its stages and their lengths; see `train.activity.weight`. One
+  weight without steps holds for the whole run.
+  """
+
+  section: ClassVar[str] = 'activity.'
+  form: str = ''
+  weights: tuple[float, ...] = (0.1,)
+  steps: tuple[int, ...] = ()
+
+  def __post_init__(self):
+    super().__post_init__()
+    require_known(self.form, 'activity.form', ('', 'l1', 'hoyer', 'above'))
+    require(
+        bool(self.weights) and min(self.weights) >= 0, 'activity.weights', self.weights,
+        'one or more, none below 0',
+    )
+    require(
+        len(self.steps) == len(self.weights) or (len(self.weights) == 1 and not self.steps),
+        'activity.steps', self.steps, f'one for each of {len(self.weights)} weights',
+    )
+    require(all(n >= 1 for n in self.steps), 'activity.steps', self.steps, 'each at least 1')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class LowRankConfig(Checked):
   """Matrices that are trained as left right + rest (`train.low_rank`).
 
@@ -227,4 +256,5 @@ class Experiment(Checked):
   train: TrainConfig = TrainConfig()
   distill: DistillConfig = DistillConfig()
   low_rank: LowRankConfig = LowRankConfig()
+  activity: ActivityConfig = ActivityConfig()
   init_from: str = ''

@@ -173,6 +173,11 @@ def to_hf(
         f'Hugging Face has no form of a {config.family} whose layers were split into experts: '
         'moejax.compress.as_dense(model) first, or keep the moejax format'
     )
+  if config.cuts is not None or config.activation == 'drelu':
+    raise UserError(
+        f'Hugging Face has no form of a {config.family} whose activations are cut or are drelu: '
+        'keep the moejax format'
+    )
   values = FAMILIES[config.family].write_config(config)
   table = entries(config)
   _check_coverage(table, source)

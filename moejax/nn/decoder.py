@@ -17,12 +17,13 @@ from jax.sharding import Mesh
 from moejax import sharding
 from moejax.config import DecoderConfig
 from moejax.errors import UserError
-from moejax.nn import blocks, stacking
+from moejax.nn import blocks, outputs, stacking
 from moejax.nn.layers import DenseFfn, norm_params, normal, weight
 from moejax.nn.moe import MoeFfn
 from moejax.nn.outputs import Output
 from moejax.ops import cache as cache_lib
 from moejax.ops import causal, norm, rope
+from moejax.ops.activity import Activity
 from moejax.ops.linear import linear
 from moejax.routing.draws import Draws
 from moejax.routing.types import Routing
@@ -96,21 +97,22 @@ class DecoderLayer(nn.Module):
   window: int | None = None
   mesh: Mesh | None = None
   train: bool = False
+  observe: bool = False
 
   def setup(self):
     self.attention = SelfAttention(self.config, self.window, self.train)
     self.ffn: Any = (
         MoeFfn(self.config, self.mesh, self.train)
-        if self.sparse else DenseFfn(self.config, self.train)
+        if self.sparse else DenseFfn(self.config, self.train, self.observe)
     )
 
   def attend(self, x_btd, context, cache=None, at=0):
     """Everything before the feed-forward block, and the cache with what this text adds."""
     return self.attention(x_btd, context, cache, at)
 
-  def feed_forward(self, x_btd, context) -> tuple[jax.Array, Routing | None]:
+  def feed_forward(self, x_btd, context) -> tuple[jax.Array, Routing | Activity | None]:
     if not self.sparse:
-      return self.ffn(x_btd), None
+      return self.ffn(x_btd, context.valid_bt)
     return self.ffn(x_btd, context.valid_bt, context.tokens_bt, context.draws)
 
   def route(self, x_btd, context) -> tuple[jax.Array, Routing]:
@@ -124,12 +126,13 @@ class DecoderLayer(nn.Module):
 
 
 def layer_module(
-    config: DecoderConfig, index: int, mesh: Mesh | None = None, train: bool = False
+    config: DecoderConfig, index: int, mesh: Mesh | None = None, train: bool = False,
+    observe: bool = False,
 ) -> DecoderLayer:
   """The shell of layer `index`."""
   return DecoderLayer(
       config.of_layer('decoder', index), index in config.sparse_layers(), config.window_of(index),
-      mesh, train,
+      mesh, train, observe,
   )
 
 
@@ -214,6 +217,7 @@ def forward(
     remat: bool = False,
     microbatches: int = 0,
     keep_states: bool = False,
+    observe: bool = False,
 ) -> Output:
   """Logits of every position; see `moejax.model.apply_fn`.
 
@@ -232,27 +236,32 @@ def forward(
     raise UserError('recorded draws are of single layers: unstack the params')
   if stacking.is_stacked(params):
     x_btd, routings, states = run_blocks(
-        config, params['decoder'], x_btd, context, key, mesh, remat, microbatches, keep_states
+        config, params['decoder'], x_btd, context, key, mesh, remat, microbatches, keep_states,
+        observe,
     )
   elif mesh is not None and mesh.shape['pipeline'] > 1:
     raise UserError('a mesh with a pipeline needs stacked layers: set train.scan_layers = true')
   else:
     x_btd, routings, states = run_layers(
-        config, params['decoder'], x_btd, context, key, mesh, remat, draws or {}, keep_states
+        config, params['decoder'], x_btd, context, key, mesh, remat, draws or {}, keep_states,
+        observe,
     )
   x_btd = final_norm(config, params, x_btd)
   kept = None if states is None else {'decoder': states.at[-1].set(x_btd)}
-  return Output(head(config, params, x_btd), routings, states=kept)
+  told = outputs.of_ffns(routings, observe)
+  return Output(head(config, params, x_btd), states=kept, **told)
 
 
-def run_layers(config, stack, x_btd, context, key, mesh, remat, draws, keep_states=False):
+def run_layers(
+    config, stack, x_btd, context, key, mesh, remat, draws, keep_states=False, observe=False
+):
   """All layers in turn: hidden states before the last norm, routings by path, all states or None.
 
   States are what each layer gives, [layers, b, t, d].
   """
   routings, given = {}, []
   for i in range(config.num_layers):
-    module = layer_module(config, i, mesh, key is not None)
+    module = layer_module(config, i, mesh, key is not None, observe)
     own = dataclasses.replace(context, draws=draws.get(f'decoder/layers_{i}/ffn'))
     run = lambda p, x, k, module=module, own=own: module.apply(
         {'params': p}, x, own, rngs=blocks.layer_keys(k)
@@ -268,12 +277,13 @@ def run_layers(config, stack, x_btd, context, key, mesh, remat, draws, keep_stat
 
 
 def run_blocks(
-    config, stack, x_btd, context, key, mesh, remat, microbatches=0, keep_states=False
+    config, stack, x_btd, context, key, mesh, remat, microbatches=0, keep_states=False,
+    observe=False,
 ):
   """`run_layers` for stacked layers: a scan, or a pipeline where the mesh has stages."""
 
   def run(j, params, x, context, key):
-    module: Any = layer_module(config, j, mesh, key is not None)
+    module: Any = layer_module(config, j, mesh, key is not None, observe)
     return module.apply({'params': params}, x, context, rngs=blocks.layer_keys(key))[:2]
 
   own = stack[stacking.BLOCKS]
@@ -283,8 +293,9 @@ def run_blocks(
     x_btd, routings, states = blocks.scan(
         step, own, x_btd, context, key, run, remat=remat, keep_states=keep_states
     )
-  elif keep_states:
-    raise UserError('hidden states are not kept over a pipeline: set mesh.pipeline = 1')
+  elif keep_states or observe:
+    what = 'hidden states are not kept' if keep_states else 'activity is not measured'
+    raise UserError(f'{what} over a pipeline: set mesh.pipeline = 1')
   else:
     states = None
     x_btd, routings = blocks.pipeline(

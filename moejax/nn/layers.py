@@ -9,8 +9,9 @@ import jax.numpy as jnp
 
 from moejax import tree
 from moejax.config import EncDecConfig, ModelConfig
-from moejax.ops import attention, ffn, norm
+from moejax.ops import activity, attention, ffn, norm
 from moejax.ops import cache as cache_lib
+from moejax.ops.activity import Activity
 from moejax.ops.linear import linear
 
 
@@ -92,19 +93,24 @@ class Attention(nn.Module):
 
 
 class DenseFfn(nn.Module):
-  """x + dropout(ffn(norm(x)))."""
+  """x + dropout(ffn(norm(x))), and how active the real tokens' hidden units are, if asked for."""
 
   config: ModelConfig
   train: bool = False
+  observe: bool = False
 
   @nn.compact
-  def __call__(self, x_btd: jax.Array) -> jax.Array:
+  def __call__(
+      self, x_btd: jax.Array, valid_bt: jax.Array | None = None
+  ) -> tuple[jax.Array, Activity | None]:
     c = self.config
     scale, bias = norm_params(self, c)
     params = ffn_params(self, c, ())
     dropout = nn.Dropout(c.dropout_rate, deterministic=not self.train)
-    y = ffn.dense_ffn(params, norm.norm(x_btd, scale, bias, c.norm_eps), c.activation, dropout)
-    return x_btd + dropout(y)
+    normed = norm.norm(x_btd, scale, bias, c.norm_eps)
+    y, hidden, inputs = ffn.observed_ffn(params, normed, c.act, dropout)
+    seen = activity.measure(hidden, inputs, valid_bt) if self.observe else None
+    return x_btd + dropout(y), seen
 
 
 def ffn_params(

@@ -67,7 +67,7 @@ class Experts(nn.Module):
 
   def mass(self, x_btd: jax.Array) -> jax.Array:
     """How much of each expert a token activates, float32 [b, t, e]: all experts are run."""
-    return selected.activation_mass(self.weights, x_btd, self.config.activation)
+    return selected.activation_mass(self.weights, x_btd, self.config.act)
 
   def __call__(self, x_btd: jax.Array, routing: Routing) -> tuple[jax.Array, Routing]:
     c = self.config
@@ -76,9 +76,9 @@ class Experts(nn.Module):
     rate = max(c.dropout_rate, m.expert_dropout_rate) if self.train else 0.0
     alone = self.mesh is None or self.mesh.size == 1
     if m.selection is not None and alone and not rate:
-      return selected.selected_ffn(params, x_btd, routing, c.activation), routing
+      return selected.selected_ffn(params, x_btd, routing, c.act), routing
     y, keep_mk = moe.moe_ffn(
-        params, x_btd, routing, c.activation, mesh=self.mesh, dropout_rate=rate,
+        params, x_btd, routing, c.act, mesh=self.mesh, dropout_rate=rate,
         dropout_key=self.make_rng('dropout') if rate > 0 else None,
         exchange_factor=m.exchange_factor,
     )
@@ -116,7 +116,7 @@ class SharedExpert(nn.Module):
     c = self.config
     m: Any = c.moe
     biases = tuple(name for name in expert_biases(c) if name != 'wo')
-    y = ffn.dense_ffn(ffn_params(self, c, (), m.shared_d_ff, biases), x_btd, c.activation)
+    y = ffn.dense_ffn(ffn_params(self, c, (), m.shared_d_ff, biases), x_btd, c.act)
     if m.shared_gate:
       scale = weight(self, 'scale', normal(c.init_std(c.d_model)), (c.d_model, 1))
       y = y * jax.nn.sigmoid(ffn.linear(x_btd, scale))

@@ -14,11 +14,12 @@ from jax.sharding import Mesh
 
 from moejax import sharding
 from moejax.config import EncDecConfig
-from moejax.nn import blocks, stacking
+from moejax.nn import blocks, outputs, stacking
 from moejax.nn.layers import Attention, DenseFfn, normal, weight
 from moejax.nn.moe import MoeFfn
 from moejax.nn.outputs import Output
 from moejax.ops import attention, norm
+from moejax.ops.activity import Activity
 from moejax.ops.cache import Cache
 from moejax.ops.linear import linear
 from moejax.routing.types import Routing
@@ -32,6 +33,7 @@ class Layer(nn.Module):
   sparse: bool
   mesh: Mesh | None = None
   train: bool = False
+  observe: bool = False
 
   def setup(self):
     if self.stack == 'encoder':
@@ -41,7 +43,7 @@ class Layer(nn.Module):
       self.cross_attention = Attention(self.config, self.train)
     self.ffn: Any = (
         MoeFfn(self.config, self.mesh, self.train)
-        if self.sparse else DenseFfn(self.config, self.train)
+        if self.sparse else DenseFfn(self.config, self.train, self.observe)
     )
 
   def attend(
@@ -72,8 +74,8 @@ class Layer(nn.Module):
 
   def feed_forward(
       self, x: jax.Array, valid: jax.Array | None = None
-  ) -> tuple[jax.Array, Routing | None]:
-    return self.ffn(x, valid) if self.sparse else (self.ffn(x), None)
+  ) -> tuple[jax.Array, Routing | Activity | None]:
+    return self.ffn(x, valid)
 
   def route(self, x: jax.Array, valid: jax.Array | None = None) -> tuple[jax.Array, Routing]:
     """The normed input of this sparse layer's experts and its routing."""
@@ -94,6 +96,7 @@ class Stack(nn.Module):
   train: bool = False
   remat: bool = False
   keep_states: bool = False
+  observe: bool = False
 
   def setup(self):
     c = self.config
@@ -101,7 +104,9 @@ class Stack(nn.Module):
     sparse = c.sparse_layers(self.stack)
     layer = nn.remat(Layer) if self.remat else Layer
     self.layers = [
-        layer(c.of_layer(self.stack, i), self.stack, i in sparse, self.mesh, self.train)
+        layer(
+            c.of_layer(self.stack, i), self.stack, i in sparse, self.mesh, self.train, self.observe
+        )
         for i in range(count)
     ]
     shape = (c.relative_attention_num_buckets, c.num_heads)
@@ -156,7 +161,9 @@ class Stack(nn.Module):
 
     def run(j, params, x, context, key):
       own = c.of_layer(self.stack, j)
-      layer: Any = Layer(own, self.stack, j in sparse, self.mesh, self.train, parent=None)
+      layer: Any = Layer(
+          own, self.stack, j in sparse, self.mesh, self.train, self.observe, parent=None
+      )
       return layer.apply({'params': params}, x, *context, rngs=blocks.layer_keys(key))
 
     key = self.make_rng('dropout') if self.train else None
@@ -203,9 +210,10 @@ class SwitchTransformer(nn.Module):
   remat: bool = False
   dtype: jnp.dtype = jnp.float32
   keep_states: bool = False
+  observe: bool = False
 
   def setup(self):
-    args = (self.mesh, self.train, self.remat, self.keep_states)
+    args = (self.mesh, self.train, self.remat, self.keep_states, self.observe)
     self.shared = Shared(self.config)
     self.encoder = Stack(self.config, 'encoder', *args)
     self.decoder = Stack(self.config, 'decoder', *args)
@@ -231,7 +239,8 @@ class SwitchTransformer(nn.Module):
     if of_source is not None and of_target is not None:
       states = {'encoder': of_source, 'decoder': of_target}
     routings |= decoder_routings
-    return Output(self.logits(decoded), routings, encoder_bsd=encoded, states=states)
+    told = outputs.of_ffns(routings, self.observe)
+    return Output(self.logits(decoded), encoder_bsd=encoded, states=states, **told)
 
 
 def forward(
@@ -247,6 +256,7 @@ def forward(
     mesh: Mesh | None = None,
     remat: bool = False,
     keep_states: bool = False,
+    observe: bool = False,
 ) -> Output:
   """Logits of every decoder position; see `moejax.model.apply_fn`.
 
@@ -257,7 +267,7 @@ def forward(
   if key is not None:
     rngs = {'dropout': jax.random.fold_in(key, 0), 'router': jax.random.fold_in(key, 1)}
   output: Any = SwitchTransformer(
-      config, mesh, key is not None, remat, dtype, keep_states
+      config, mesh, key is not None, remat, dtype, keep_states, observe
   ).apply(
       {'params': params}, encoder_tokens, decoder_tokens, encoder_mask, decoder_mask, rngs=rngs
   )

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from moejax.config import Act, Activation
 from moejax.ops.expert_dot import expert_dot
 from moejax.ops.linear import linear
 
@@ -15,17 +16,44 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     'gelu': functools.partial(jax.nn.gelu, approximate=False),
     'gelu_new': functools.partial(jax.nn.gelu, approximate=True),
     'silu': jax.nn.silu,
+    'drelu': jax.nn.relu,
 }
 
 
+def hidden_units(
+    activation: Act, wi: jax.Array, gate: jax.Array | None = None
+) -> jax.Array:
+  """What wo multiplies, of the products of the input: act(wi), or act(gate) * wi.
+
+  'drelu' (arXiv 2406.05955) is relu(gate) * relu(wi). Cuts are those of `config.CutsConfig`.
+  """
+  own = Activation(activation) if isinstance(activation, str) else activation
+  turn = lambda x: _cut(ACTIVATIONS[own.name](x - own.shift if own.shift else x), own.cut)
+  if gate is None:
+    hidden = turn(wi)
+  else:
+    hidden = turn(gate) * (turn(wi) if own.name == 'drelu' else wi)
+  return _cut(hidden, own.hidden_cut)
+
+
+def _cut(x: jax.Array, size: float) -> jax.Array:
+  return jnp.where(jnp.abs(x) > size, x, 0) if size else x
+
+
 def dense_ffn(
-    params: Mapping[str, Any], x: jax.Array, activation: str, dropout=None
+    params: Mapping[str, Any], x: jax.Array, activation: Act, dropout=None
 ) -> jax.Array:
   """wo(act(wi x)), or wo(act(gate x) * (wi x)) where params hold a gate; x is [..., d].
 
   Biases wi_bias and gate_bias [f] and wo_bias [d] are added where params hold them.
   """
-  act = ACTIVATIONS[activation]
+  return observed_ffn(params, x, activation, dropout)[0]
+
+
+def observed_ffn(
+    params: Mapping[str, Any], x: jax.Array, activation: Act, dropout=None
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """`dense_ffn`, its hidden units before dropout, and what the activation was applied to."""
 
   def product(x, name):
     y = linear(x, params[name])
@@ -33,39 +61,32 @@ def dense_ffn(
       y = y + params[f'{name}_bias'].astype(y.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
     return y
 
-  hidden = product(x, 'wi')
-  if 'gate' in params:
-    hidden = act(product(x, 'gate')) * hidden
-  else:
-    hidden = act(hidden)
-  if dropout is not None:
-    hidden = dropout(hidden)
-  return product(hidden, 'wo')
+  wi = product(x, 'wi')
+  gate = product(x, 'gate') if 'gate' in params else None
+  hidden = hidden_units(activation, wi, gate)
+  y = product(hidden if dropout is None else dropout(hidden), 'wo')
+  return y, hidden, wi if gate is None else gate
 
 
 def expert_ffn(
     params: Mapping[str, Any],
     x_md: jax.Array,
     group_sizes_e: jax.Array,
-    activation: str,
+    activation: Act,
     dropout=None,
 ) -> jax.Array:
   """The same block for rows sorted by expert; weights are [e, d, f] arrays or weight nodes.
 
   Biases are [e, f], that of wo [e, d].
   """
-  act = ACTIVATIONS[activation]
-
   def product(x, name):
     y = expert_dot(x, params[name], group_sizes_e)
     if f'{name}_bias' in params:
       y = y + _of_rows(params[f'{name}_bias'].astype(y.dtype), group_sizes_e, len(y))
     return y
 
-  if 'gate' in params:
-    hidden = act(product(x_md, 'gate')) * product(x_md, 'wi')
-  else:
-    hidden = act(product(x_md, 'wi'))
+  gate = product(x_md, 'gate') if 'gate' in params else None
+  hidden = hidden_units(activation, product(x_md, 'wi'), gate)
   if dropout is not None:
     hidden = dropout(hidden)
   return product(hidden, 'wo')

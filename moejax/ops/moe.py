@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from moejax import sharding, tree
+from moejax.config import Act
 from moejax.errors import UserError
 from moejax.ops import dropout, exchange, ffn
 from moejax.routing import dispatch
@@ -25,7 +26,7 @@ def moe_ffn(
     experts: Mapping[str, Any],
     x_btd: jax.Array,
     routing: Routing,
-    activation: str,
+    activation: Act,
     *,
     mesh: Mesh | None = None,
     dropout_rate: float = 0.0,
@@ -83,7 +84,7 @@ def _apply(
     x_md: jax.Array,
     choice_mk: jax.Array,
     keep_mk: jax.Array,
-    activation: str,
+    activation: Act,
     drop: Drop | None,
 ) -> jax.Array:
   """Each pair's output [m, k, d] from the experts at hand; drop(hidden, pair) or None."""
@@ -109,7 +110,7 @@ def _sharded(
     experts: Mapping[str, Any],
     x_btd: jax.Array,
     routing: Routing,
-    activation: str,
+    activation: Act,
     mesh: Mesh,
     rate: float,
     seed: Any,

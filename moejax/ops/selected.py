@@ -1,6 +1,7 @@
 """The feed-forward block of experts that a dense one was split into: chosen ones, added up."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+import functools
 from typing import Any
 
 import jax
@@ -8,12 +9,13 @@ import jax.numpy as jnp
 
 from kernels_pallas.neuron_select import ref, vjp
 from moejax import tree
+from moejax.config import Act
 from moejax.ops import ffn, moe
 from moejax.routing.types import Routing
 
 
 def selected_ffn(
-    experts: Mapping[str, Any], x_btd: jax.Array, routing: Routing, activation: str
+    experts: Mapping[str, Any], x_btd: jax.Array, routing: Routing, activation: Act
 ) -> jax.Array:
   """Sum over a token's kept choices of expert(x), [b, t, d]; on one device.
 
@@ -22,8 +24,14 @@ def selected_ffn(
   if not all(tree.is_array(w) for w in experts.values()):
     return moe.moe_ffn(experts, x_btd, routing, activation)[0]
   x_md = x_btd.reshape(-1, x_btd.shape[-1])
-  y_md = vjp.neuron_select(x_md, experts, chosen(routing), ffn.ACTIVATIONS[activation])
+  y_md = vjp.neuron_select(x_md, experts, chosen(routing), _units(activation))
   return y_md.reshape(x_btd.shape)
+
+
+@functools.lru_cache
+def _units(activation: Act) -> Callable[..., jax.Array]:
+  """One function for each activation: what is compiled goes by its identity."""
+  return functools.partial(ffn.hidden_units, activation)
 
 
 def chosen(routing: Routing) -> jax.Array:
@@ -34,9 +42,9 @@ def chosen(routing: Routing) -> jax.Array:
 
 
 def activation_mass(
-    experts: Mapping[str, Any], x_btd: jax.Array, activation: str
+    experts: Mapping[str, Any], x_btd: jax.Array, activation: Act
 ) -> jax.Array:
   """Summed sizes of each expert's hidden units, float32 [b, t, e] (MoEfication, 2110.01786)."""
   x_md = x_btd.reshape(-1, x_btd.shape[-1]).astype(jnp.float32)
-  hidden = ref.hidden_units(x_md, experts, ffn.ACTIVATIONS[activation])
+  hidden = ref.hidden_units(x_md, experts, _units(activation))
   return jnp.abs(hidden).sum(-1).reshape(*x_btd.shape[:2], -1)

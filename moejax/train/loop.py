@@ -151,6 +151,10 @@ def check(experiment: config_lib.Experiment) -> None:
     raise errors.UserError(
         'distill.task_weight = 0 and no distill.teacher: there is nothing to learn; name a teacher'
     )
+  if experiment.activity.form and not step_lib.has_dense_ffns(experiment.model):
+    raise errors.UserError(
+        f'activity.form = {experiment.activity.form!r}: the model has no dense FFN to measure'
+    )
   for folder in (experiment.init_from, experiment.distill.teacher):
     if folder:
       files.require_folder(folder)

@@ -15,7 +15,7 @@ from moejax.routing import estimators
 from moejax.routing import losses as losses_lib
 from moejax.routing import metrics as metrics_lib
 from moejax.routing.types import Routing
-from moejax.train import distill, low_rank, optim, spikes
+from moejax.train import activity, distill, low_rank, optim, spikes
 from moejax.train import state as state_lib
 
 Batch = Mapping[str, jax.Array]
@@ -43,6 +43,11 @@ def content_weights(batch: Batch, config: config_lib.ModelConfig, first_sentinel
   return batch['weights'] * ((targets < first_sentinel) & (targets != config.eos_id))
 
 
+def has_dense_ffns(config: config_lib.ModelConfig) -> bool:
+  """Whether a layer of the model has an FFN without experts."""
+  return any(len(config.sparse_layers(s)) < config.layers_of(s) for s in config.stacks)
+
+
 def count_tokens(batch: Batch, config: config_lib.ModelConfig) -> jax.Array:
   """Real tokens that the model reads, both stacks together."""
   if isinstance(config, config_lib.DecoderConfig):
@@ -57,7 +62,7 @@ def forward(
     *,
     key: jax.Array | None = None,
     mesh: Mesh | None = None,
-    keep_states: bool = False,
+    **options: Any,
 ) -> model.Output:
   """Applies the model to a batch as the run says; with a key in training mode."""
   train = experiment.train
@@ -67,7 +72,7 @@ def forward(
     extra['microbatches'] = train.pipeline_microbatches
   return model.forward(
       experiment.model, params, batch, key=key, dtype=jnp.dtype(train.compute_dtype), mesh=mesh,
-      remat=train.remat and key is not None, keep_states=keep_states, **extra,
+      remat=train.remat and key is not None, **options, **extra,
   )
 
 
@@ -108,6 +113,7 @@ def loss_fn(
     parts: int = 1,
     mesh: Mesh | None = None,
     teacher: model.Model | None = None,
+    step: jax.Array | int = 0,
 ) -> tuple[jax.Array, Metrics]:
   """Masked cross-entropy plus the weighted router losses, float32.
 
@@ -119,11 +125,13 @@ def loss_fn(
     batch: one of `parts` microbatches; `total_weight` is the weight of all of them, so the losses
       and gradients of the microbatches add up to those of the whole batch.
     teacher: whose logits the student is held to, as `experiment.distill` says.
+    step: of the run, for the weight of `experiment.activity`.
   """
   plain = teacher is not None and experiment.distill.deterministic
   output = forward(
       experiment, params, batch, key=None if plain else key, mesh=mesh,
       keep_states=teacher is not None and experiment.distill.hidden_weight > 0,
+      observe=bool(experiment.activity.form),
   )
   losses, hits = cross_entropy(output.logits_btv, batch['targets'])
   cross = jnp.sum(losses * batch['weights']) / total_weight
@@ -138,6 +146,11 @@ def loss_fn(
     if apart is not None:
       loss = loss + how.hidden_weight * apart
       extra['hidden'] = apart
+  if output.activity is not None:
+    push = activity.loss(experiment.activity, output.activity) / parts
+    loss = loss + activity.weight(experiment.activity, step) * push
+    extra['activity'] = push
+    extra['active_units'] = activity.active(output.activity) / parts
   if experiment.model.moe is not None:
     moe = experiment.model.moe
     loss = loss + moe.router_aux_loss_coef * balance + moe.router_z_loss_coef * z
@@ -227,7 +240,7 @@ def split_batch(batch: Batch, parts: int, mesh: Mesh | None) -> Batch:
 
 def gradients(
     experiment: config_lib.Experiment, params: Any, batch: Batch, key: jax.Array,
-    mesh: Mesh | None, teacher: model.Model | None = None,
+    mesh: Mesh | None, teacher: model.Model | None = None, step: jax.Array | int = 0,
 ) -> tuple[Any, Metrics]:
   """Gradients and summed metrics of a batch, over `train.accumulate` microbatches in turn.
 
@@ -240,7 +253,7 @@ def gradients(
   def one(params, micro, key):
     fn = lambda p: loss_fn(
         experiment, tree.join(p, fixed), micro, key, total_weight=total, parts=parts, mesh=mesh,
-        teacher=teacher,
+        teacher=teacher, step=step,
     )
     (_, metrics), grads = jax.value_and_grad(fn, has_aux=True)(params)
     return grads, metrics
@@ -272,7 +285,7 @@ def train_step(
   With `train.on_spike` 'skip' a bad step (see `spikes`) changes nothing but the counter.
   """
   key = jax.random.fold_in(jax.random.key(experiment.train.seed), state.step)
-  grads, metrics = gradients(experiment, state.params, batch, key, mesh, teacher)
+  grads, metrics = gradients(experiment, state.params, batch, key, mesh, teacher, state.step)
   trained, fixed = optim.split_trained(experiment.optim, state.params)
   updates, opt_state = optimizer.update(grads, state.opt_state, trained)
   params = tree.join(optax.apply_updates(trained, updates), fixed)

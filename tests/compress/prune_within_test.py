@@ -24,7 +24,7 @@ class Context:
   """A layer's context with tokens of our own."""
 
   def __init__(self, config, inputs, gates):
-    self.config, self.num_experts = config, len(inputs)
+    self.config, self.num_experts, self.act = config, len(inputs), config.act
     self._inputs, self._gates = inputs, gates
 
   def inputs(self, experts):
@@ -111,9 +111,9 @@ def test_gates_are_those_of_the_router():
   @dataclasses.dataclass(frozen=True, kw_only=True)
   class Spy(type(prune_weights())):
 
-    def _pruned(self, expert, x_md, gate_m, config):
+    def _pruned(self, expert, x_md, gate_m, context):
       seen.append((len(x_md), float(gate_m.sum(dtype=np.float64))))
-      return super()._pruned(expert, x_md, gate_m, config)
+      return super()._pruned(expert, x_md, gate_m, context)
 
   spy = Spy(n=4, m=4, layers='decoder/layers_0/.*', expert_group=8)
   compress(model, spy, batches)

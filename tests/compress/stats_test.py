@@ -112,7 +112,9 @@ def test_pieces_add_up(chunk):
   pieces = stats.measure(model, batches, chunk_tokens=chunk)
   for path, sums in whole.layers.items():
     for name, value in sums.items():
-      np.testing.assert_allclose(pieces.layers[path][name], value, rtol=1e-5, atol=1e-5)
+      # Sums cancel, so that rounding goes by the largest.
+      atol = 1e-6 * max(np.abs(value).max(), 10.0)
+      np.testing.assert_allclose(pieces.layers[path][name], value, rtol=1e-5, atol=atol)
 
 
 def test_saved_and_loaded(tmp_path):

@@ -114,7 +114,10 @@ def run_ours(model, ids):
 
 
 def assert_close(ours, theirs):
-  np.testing.assert_allclose(np.asarray(ours), np.asarray(theirs), rtol=2e-5, atol=2e-5)
+  """Up to float32 rounding, which goes by the largest: sums cancel, in an order of each CPU."""
+  ours, theirs = np.asarray(ours), np.asarray(theirs)
+  largest = np.abs(np.where(np.isfinite(theirs), theirs, 0)).max()
+  np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-5 * largest)
 
 
 def reload(folder):
