@@ -3,7 +3,8 @@
   python -m experiments.train --config configs/relufy.py:relu@DIR --workdir runs/relufied
 
 DIR is the folder of a dense model; it starts from its weights, on the texts that its manifest
-names. Others: --set 'data.train_files=["FILE"]'. Variants, before the @:
+names. Others: --set 'data.train_files=["FILE"]'. An encoder without a head learns the hidden states
+of the model it came from. Variants, before the @:
   relu       ReLU (arXiv 2310.04564)
   shifted    relu(x - 0.1); --set 'model.cuts.shift=[0.5]'
   drelu      ReLU on both branches of a gated FFN (arXiv 2406.05955)
@@ -50,8 +51,14 @@ def get_config(variant: str = '') -> config.Experiment:
       'hoyer': config.ActivityConfig(form='hoyer', weights=(1.0,)),
       'above': config.ActivityConfig(form='above', weights=(0.1,)),
   }
+  distill = config.DistillConfig()
+  if getattr(model, 'head', '') == 'none':
+    distill = config.DistillConfig(
+        teacher=folder, task_weight=0.0, weight=0.0, hidden_weight=1.0
+    )
   return config.Experiment(
       model=dataclasses.replace(model, dropout_rate=0.0), data=evaluate.data_config(folder),
+      distill=distill,
       optim=config.OptimConfig(
           learning_rate=3e-4, warmup_steps=STEPS // 20, schedule='linear', weight_decay=0.01
       ),

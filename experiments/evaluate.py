@@ -83,7 +83,7 @@ def measure(folder: str, against: str | None) -> dict[str, Any]:
   start = time.monotonic()
   result: dict[str, Any] = {'model': folder, 'data': list(_DATA.value), 'batches': len(rows)}
   result |= run(model.params, 'evaluate', reference, _EXAMPLES.value)
-  decoder = isinstance(model.config, config_lib.DecoderConfig)
+  decoder = isinstance(model.config, config_lib.StackConfig)
   ends = model.config.eos_ids if decoder else (model.config.eos_id,)
   for example in result.get('examples', ()):
     example['pieces'], example['fills'] = evaluate.example_pieces(example, tokenizer, ends)

@@ -23,6 +23,7 @@ _PUBLIC = {
     'EncDecConfig': 'moejax.config',
     'EncDecMoeConfig': 'moejax.config',
     'DecoderConfig': 'moejax.config',
+    'EncoderConfig': 'moejax.config',
     'DecoderMoeConfig': 'moejax.config',
     'Experiment': 'moejax.config',
     'preset': 'moejax.presets',

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
-from moejax.config import DecoderConfig, ModelConfig
+from moejax.config import ModelConfig, StackConfig
 from moejax.errors import UserError
 from moejax.model import Model
 from moejax.nn import decoder, switch_steps
@@ -203,7 +203,7 @@ def _start_encdec(plan, params, rule, tokens_bs, mask_bs, key) -> State:
 
 def _logits(plan: _Plan, params: Any, state: State) -> tuple[jax.Array, Any]:
   config, dtype, token_b1 = plan.config, jnp.dtype(plan.dtype), state.token_b[:, None]
-  if isinstance(config, DecoderConfig):
+  if isinstance(config, StackConfig):
     return decoder.step(
         config, params, token_b1, state.caches, state.at,
         positions_bt=state.at - state.fixed['pad_b'][:, None],
@@ -242,6 +242,8 @@ def _go_on(plan, params, rule, state, key, steps, limit, *, room) -> tuple[State
 
 
 def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], new: int) -> None:
+  if not config.stacks[-1] == 'decoder':
+    raise UserError(f'a {config.family} writes no text: generate takes models with a decoder')
   if not prompts or not all(len(prompt) for prompt in prompts):
     raise UserError('generate needs prompts of at least one token')
   if new < 1:
@@ -252,7 +254,7 @@ def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], new: int) -> N
         f'prompt tokens span {low}..{high}, the model knows 0..{config.vocab_size - 1}: use the '
         'tokenizer of the model'
     )
-  if isinstance(config, DecoderConfig):
+  if isinstance(config, StackConfig):
     longest = max(map(len, prompts))
     if longest + new > config.max_positions:
       raise UserError(
@@ -263,7 +265,7 @@ def _check(config: ModelConfig, prompts: Sequence[Sequence[int]], new: int) -> N
 
 def stop_ids_of(config: ModelConfig) -> tuple[int, ...]:
   """The model's own end-of-text ids."""
-  return config.eos_ids if isinstance(config, DecoderConfig) else (config.eos_id,)
+  return config.eos_ids if isinstance(config, StackConfig) else (config.eos_id,)
 
 
 def stream(
@@ -298,7 +300,7 @@ def stream(
   )
   width = _round_up(max(map(len, prompts)))
   tokens, pad_b = left_padded(prompts, width)
-  if isinstance(config, DecoderConfig):
+  if isinstance(config, StackConfig):
     made = plan(slots=_round_up(width + max_new_tokens))
     state = _start_decoder(made, model.params, rule, tokens, pad_b, key)
   else:

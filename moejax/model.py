@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from moejax import sharding, store, tree
-from moejax.config import DecoderConfig, ModelConfig
+from moejax.config import ModelConfig, StackConfig
 from moejax.errors import UserError, did_you_mean
 from moejax.nn import decoder, switch
 from moejax.nn.outputs import Output
@@ -48,7 +48,8 @@ def apply_fn(
     inputs: of an encoder-decoder, encoder_mask and decoder_mask, bool, True for real tokens; of a
       decoder, positions_bt (default 0, 1, ...), segments_bt (packed documents by number, which do
       not see each other), valid_bt (True for real tokens), draws (a router's recorded random
-      numbers, by layer path) and microbatches (of a pipeline; 0: as many as stages). Of both,
+      numbers, by layer path), types_bt (an encoder's kinds of tokens, default 0) and microbatches
+      (of a pipeline; 0: as many as stages). Of both,
       keep_states: True for the hidden states of all layers in the output, and observe: True for
       the activity of dense FFNs. All may be left out.
       Params may be stacked (`nn.stacking`).
@@ -56,7 +57,7 @@ def apply_fn(
   if train and key is None:
     raise ValueError('train=True needs a key for dropout and routing')
   _check_tokens(config, tokens)
-  run: Any = decoder.forward if isinstance(config, DecoderConfig) else switch.forward
+  run: Any = decoder.forward if isinstance(config, StackConfig) else switch.forward
   return run(
       config, params, *tokens, key=key if train else None, dtype=jnp.dtype(dtype), mesh=mesh,
       remat=remat, **inputs,
@@ -95,10 +96,11 @@ def forward(
       apply_fn, config, params, train=key is not None, key=key, dtype=dtype, mesh=mesh, remat=remat,
       **options,
   )
-  if isinstance(config, DecoderConfig):
+  if isinstance(config, StackConfig):
     return run(
         batch['tokens'], positions_bt=batch['positions'], segments_bt=batch['segments'],
         valid_bt=batch['segments'] > 0,
+        **({'types_bt': batch['types']} if 'types' in batch else {}),
     )
   skip = config.moe is not None and config.moe.router_ignore_padding_tokens
   skip = skip or options.get('observe', False)
@@ -111,7 +113,7 @@ def forward(
 
 def init_params(config: ModelConfig, key: jax.Array) -> Any:
   """Random float32 params: T5's initialisation, or one standard deviation for a decoder."""
-  if isinstance(config, DecoderConfig):
+  if isinstance(config, StackConfig):
     return decoder.init(config, key)
   return switch.init(config, key)
 

@@ -157,7 +157,12 @@ def _no_constant(name: str) -> Any:
 
 def _dataclasses_in(hint: Any) -> tuple[Any, ...]:
   """The dataclasses that a field may hold."""
-  return tuple(t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t))
+  found = [t for t in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(t)]
+  # One that is of no family by itself stands for those made from it.
+  return tuple(
+      own for t in found
+      for own in (t.__subclasses__() if getattr(t, 'families', None) == () else (t,))
+  )
 
 
 def _paths(kind: Any, node: Any) -> Iterable[FieldPath]:

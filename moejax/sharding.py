@@ -33,7 +33,8 @@ PARAM_RULES: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r'.*/ffn/shared/(wi|gate)(/rest)?', ('data', 'tensor')),
     (r'.*/ffn/shared/wo(/rest)?', ('tensor', 'data')),
     (r'shared/embedding', ('tensor', 'data')),
-    (r'lm_head/kernel', ('data', 'tensor')),
+    (r'(lm_head|pooler)/kernel', ('data', 'tensor')),
+    (r'head/transform', ('data', 'tensor')),
     (r'.*', ()),
 )
 

@@ -44,7 +44,7 @@ def samples(
 
 def _sample(tokens, label, model, length) -> dict[str, Any]:
   target = _FIRST_WORD + label
-  if isinstance(model, config.DecoderConfig):
+  if isinstance(model, config.StackConfig):
     read = len(tokens) + 1
     ids, real, last = np.zeros((3, 1, length), np.int32)
     ids[0, :read] = [*tokens, model.eos_ids[0]]

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from moejax import model, tree, weights
-from moejax.config import DecoderConfig, ModelConfig
+from moejax.config import ModelConfig, StackConfig
 from moejax.routing.router import DENSE
 
 
@@ -163,7 +163,7 @@ def forward_flops(config: ModelConfig, source: int, target: int, params: Any = N
 
 def _attention_pairs(config: ModelConfig, source: int, target: int) -> int:
   """Pairs of a query and a key, times the width of all heads, over all layers."""
-  if isinstance(config, DecoderConfig):
+  if isinstance(config, StackConfig):
     seen = sum(
         min(target, config.window_of(i) or target) for i in range(config.num_layers)
     )
@@ -179,7 +179,7 @@ def flops_per_token(
 
   A decoder's samples have as many tokens as both together.
   """
-  if isinstance(config, DecoderConfig):
+  if isinstance(config, StackConfig):
     source, target = 0, source + target
   return forward_flops(config, source, target, params) / (source + target)
 

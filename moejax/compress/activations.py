@@ -48,7 +48,7 @@ class Activations:
     own = [s.tokens[stack] for s in samples.samples]
     tokens, positions = np.concatenate(own), np.concatenate([np.arange(len(t)) for t in own])
     self.config, self.stack, self.batches, self.source = config, stack, batches, source
-    self.stack_params = jax.tree.map(jnp.asarray, dict(outer[stack]))
+    self.stack_params = jax.tree.map(jnp.asarray, dict(outer.get(stack, {})))
     self.buffer = walk.embed(config, outer, tokens, positions)
     self._fields = [f for f in walk.Routed._fields if f != 'logits' or keep_logits]
     self._before = self.buffer
@@ -189,11 +189,21 @@ class Activations:
       y = y if self._scale is None else y * self._scale
       self.buffer[piece] += gates[:, None] * y
 
+  def finish_layer(self) -> None:
+    """What comes once the experts of the sparse layer that was run last have been added."""
+    assert self._layer is not None
+    if self.config.post_norm:
+      params = self._layer[1]
+      self._each(lambda x: walk.norm_behind(self.config, params, x))
+
   def finish(self) -> None:
     """The stack's final norm."""
+    self._each(lambda x: walk.final_norm(self.config, self.stack_params, x))
+
+  def _each(self, norm: Callable[[jax.Array], jax.Array]) -> None:
     for start in range(0, len(self.buffer), _ROWS):
       piece = self.buffer[start : start + _ROWS]
-      normed = walk.final_norm(self.config, self.stack_params, jnp.asarray(_pad_rows(piece)))
+      normed = norm(jnp.asarray(_pad_rows(piece)))
       self.buffer[start : start + len(piece)] = np.asarray(normed)[: len(piece)]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from moejax import tree
 from moejax.compress import samples, sources, stats, stats_core
-from moejax.config import DecoderConfig, ModelConfig
+from moejax.config import ModelConfig, StackConfig
 from moejax.errors import UserError
 from moejax.model import Model, apply_fn
 from moejax.weights import WeightNode
@@ -92,12 +92,13 @@ def _gradients(config: ModelConfig, experts, rest, batch, mesh) -> dict[str, jax
 
 def _cross_entropy(config, params, batch, mesh) -> jax.Array:
   """Mean over the weighted positions of a calibration batch."""
-  if isinstance(config, DecoderConfig):
+  if isinstance(config, StackConfig):
     names = {'segments': 'segments_bt', 'positions': 'positions_bt'}
     inputs = {ours: batch[name] for name, ours in names.items() if name in batch}
     logits = apply_fn(config, params, batch['tokens'], mesh=mesh, **inputs).logits_btv
-    targets = batch.get('targets', jnp.roll(batch['tokens'], -1, 1))
-    last = jnp.arange(targets.shape[1]) < targets.shape[1] - 1
+    own = jnp.roll(batch['tokens'], -1, 1) if config.causal else batch['tokens']
+    targets = batch.get('targets', own)
+    last = jnp.arange(targets.shape[1]) < targets.shape[1] - (1 if config.causal else 0)
     weights = batch.get('weights', jnp.broadcast_to(last[None], targets.shape))
   else:
     tokens = batch['encoder_tokens']

@@ -20,7 +20,7 @@ from moejax.compress import (
 )
 from moejax.compress.align_core import hidden_units
 from moejax.compress.cluster_core import expert_size
-from moejax.config import Activation, DecoderConfig, ModelConfig
+from moejax.config import Activation, ModelConfig, StackConfig
 from moejax.config.moe import require_known, require_pattern
 from moejax.config.selection import RULES, SelectionConfig
 from moejax.errors import UserError
@@ -119,7 +119,7 @@ class Moefy(base.Transform):
     whole = self.experts or expert_count(config.d_ff, self.expert_size or 1)
     size = expert_size(config.d_ff, whole)
     shared = round(self.shared * whole)
-    if shared and not isinstance(config, DecoderConfig):
+    if shared and not isinstance(config, StackConfig):
       raise UserError(f'moefy: shared neurons are for decoders; this is a {config.family}')
     if self.split == 'shared' and not (config.gated and config.activation == 'silu'):
       raise UserError("moefy: split = 'shared' is for layers gated by SiLU (CMoE)")

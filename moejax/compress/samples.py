@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from moejax.config import DecoderConfig, EncDecConfig, ModelConfig
+from moejax.config import EncDecConfig, ModelConfig, StackConfig
 from moejax.data import layout
 from moejax.errors import UserError
 
@@ -81,13 +81,14 @@ def collect(
   sentinel or has no weight (QMoE 3.2.4).
 
   A decoder's batch has `tokens` [b, t], and may have `targets`, `weights` and `segments` [b, t] as
-  `data.packing` makes them; each packed document is a sample. Nothing there is special.
+  `data.packing` makes them; each packed document is a sample. Nothing there is special. So does an
+  encoder's, whose targets are its own words unless given, and whose kinds of tokens are all 0.
 
   Raises:
     UserError: no calibration sample, a missing or misshapen field, or a token outside the
       vocabulary.
   """
-  if isinstance(config, DecoderConfig):
+  if isinstance(config, StackConfig):
     split = lambda batch: _documents(config, batch)
   else:
     first = layout.first_sentinel(config) if sentinel is None else sentinel
@@ -150,22 +151,24 @@ def _pairs(config: EncDecConfig, batch: Mapping[str, Any], sentinel: int) -> Ite
     )
 
 
-def _documents(config: DecoderConfig, batch: Mapping[str, Any]) -> Iterator[Sample]:
+def _documents(config: StackConfig, batch: Mapping[str, Any]) -> Iterator[Sample]:
   names = ['tokens', *(n for n in ('targets', 'weights', 'segments') if n in batch)]
   arrays = dict(zip(names, _fields(config, batch, names, ('tokens', 'targets'))))
   _require_alike(names, list(arrays.values()))
   tokens = arrays['tokens']
   segments = arrays.get('segments', np.ones(tokens.shape, np.int32))
-  targets = arrays.get('targets', np.roll(tokens, -1, 1))
+  targets = arrays.get('targets', np.roll(tokens, -1, 1) if config.causal else tokens)
   weights = arrays.get('weights')
-  if weights is None:
+  if weights is None and not config.causal:
+    weights = (segments > 0).astype(np.float32)
+  elif weights is None:
     weights = (np.arange(tokens.shape[1]) < tokens.shape[1] - 1) * np.ones(tokens.shape, np.float32)
   for row in range(len(tokens)):
     for segment in np.unique(segments[row][segments[row] > 0]):
       own = segments[row] == segment
       yield Sample(
-          tokens={'decoder': tokens[row][own].astype(np.int32)},
-          special={'decoder': np.zeros(own.sum(), bool)},
+          tokens={config.stack: tokens[row][own].astype(np.int32)},
+          special={config.stack: np.zeros(own.sum(), bool)},
           targets=targets[row][own].astype(np.int32),
           weights=weights[row][own].astype(np.float32),
       )

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from moejax import store, tree
-from moejax.config import DecoderConfig, DecoderMoeConfig, EncDecMoeConfig, ModelConfig
+from moejax.config import DecoderMoeConfig, EncDecMoeConfig, ModelConfig, StackConfig
 from moejax.config.selection import SelectionConfig
 from moejax.errors import UserError
 from moejax.model import Model, check_source
@@ -112,7 +112,7 @@ def one_expert_config(config: ModelConfig) -> ModelConfig:
   common: dict[str, Any] = dict(
       num_experts=1, top_k=1, router='selection', router_aux_loss_coef=0.0, router_z_loss_coef=0.0
   )
-  if isinstance(config, DecoderConfig):
+  if isinstance(config, StackConfig):
     return dataclasses.replace(config, moe=DecoderMoeConfig(selection=selection, **common))
   return dataclasses.replace(config, moe=EncDecMoeConfig(
       selection=selection, encoder_sparse_step=1, decoder_sparse_step=1, router_jitter_noise=0.0,

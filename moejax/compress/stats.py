@@ -349,7 +349,7 @@ def _as_published(model, source, batches, kinds) -> Statistics:
   apply = _published_pass(source.config)
   layers: dict[str, stats_core.Sums] = {}
   tokens = dict.fromkeys(source.config.stacks, 0)
-  one = source.config.stacks == ('decoder',)
+  one = len(source.config.stacks) == 1
   names = ('tokens',) if one else ('encoder_tokens', 'decoder_tokens')
   for batch in batches:
     inputs = [jnp.asarray(batch[name], jnp.int32) for name in names]

@@ -13,7 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from moejax import tree
-from moejax.config import DecoderConfig, DecoderMoeConfig, EncDecMoeConfig, ModelConfig
+from moejax.config import (
+  DecoderConfig,
+  DecoderMoeConfig,
+  EncDecConfig,
+  EncDecMoeConfig,
+  ModelConfig,
+)
 from moejax.errors import UserError
 from moejax.model import Model
 
@@ -76,6 +82,8 @@ def _config(config: ModelConfig, experts, top_k, every, settings) -> ModelConfig
   if isinstance(config, DecoderConfig):
     moe = DecoderMoeConfig(**{**common, 'sparse_step': every, **settings})
     return dataclasses.replace(config, family=FAMILIES.get(config.family, config.family), moe=moe)
+  if not isinstance(config, EncDecConfig):
+    raise UserError(f'a {config.family} has no form with experts: upcycle a T5 or a decoder')
   own = {'encoder_sparse_step': every, 'decoder_sparse_step': every, 'router_jitter_noise': 0.0}
   return dataclasses.replace(
       config, family='switch', moe=EncDecMoeConfig(**{**common, **own, **settings})

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from moejax.config import DecoderConfig, EncDecConfig, ModelConfig
+from moejax.config import EncoderConfig, ModelConfig, StackConfig
 from moejax.nn import decoder
 from moejax.nn.switch import Layer, Stack
 from moejax.ops import attention, norm
@@ -42,8 +42,11 @@ def embed(
   """Input of the first layer for flat tokens, float32 [m, d]."""
   shared = outer['shared']
   x = np.asarray(shared['embedding'][tokens], np.float32)
-  if isinstance(config, DecoderConfig) and config.rope is None:
+  if isinstance(config, StackConfig) and config.rope is None:
     x = x + np.asarray(shared['positions'][positions + config.position_offset], np.float32)
+  if isinstance(config, EncoderConfig):
+    x = x + np.asarray(shared['token_types'][0], np.float32)[None]
+    x = np.array(_norm(jnp.asarray(x), shared['norm'], shared['norm_bias'], config.norm_eps))
   return x
 
 
@@ -61,7 +64,7 @@ def layer(
     (x, where its tokens go or None, what the layer adds beside its experts or None).
   """
   sparse = index in config.sparse_layers(stack)
-  if isinstance(config, DecoderConfig):
+  if isinstance(config, StackConfig):
     return _decoder_layer(config, _first_alike(config, index), params, x, mask)
   kind = 'sparse' if sparse else 'dense'
   return _encdec_layer(
@@ -101,7 +104,7 @@ def route(
   And what the layer adds beside its experts, or None. A layer that chooses by its experts' own
   activations needs them in its params.
   """
-  if isinstance(config, DecoderConfig):
+  if isinstance(config, StackConfig):
     return _decoder_route(config, _first_alike(config, index), params, x, mask)
   return _encdec_route(config.of_layer(stack, index), stack, params, x, mask)
 
@@ -126,21 +129,32 @@ def _routed(shell, own, x, context) -> tuple[Routed, jax.Array | None]:
   return routed, None if isinstance(beside, int) else beside
 
 
-def _first_alike(config: DecoderConfig, index: int) -> int:
+def _first_alike(config: StackConfig, index: int) -> int:
   """The first layer that compiles to the same program."""
   traits = lambda i: (
-      config.window_of(i), i in config.sparse_layers(), config.of_layer('decoder', i)
+      config.window_of(i), i in config.sparse_layers(), config.of_layer(config.stack, i)
   )
   return next(i for i in range(config.num_layers) if traits(i) == traits(index))
 
 
 def expert_norm(config: ModelConfig, params: Params, x_md: jax.Array) -> jax.Array:
-  """The norm before the experts of a layer."""
+  """The norm before the experts of a layer, if there is one."""
+  if config.post_norm:
+    return x_md
+  return _norm(x_md, params['ffn']['norm'], params['ffn'].get('norm_bias'), config.norm_eps)
+
+
+def norm_behind(config: ModelConfig, params: Params, x_md: jax.Array) -> jax.Array:
+  """What becomes of the residual stream once a layer's experts have been added to it."""
+  if not config.post_norm:
+    return x_md
   return _norm(x_md, params['ffn']['norm'], params['ffn'].get('norm_bias'), config.norm_eps)
 
 
 def final_norm(config: ModelConfig, stack_params: Params, x_md: jax.Array) -> jax.Array:
-  """A stack's last norm."""
+  """A stack's last norm, if there is one."""
+  if config.post_norm:
+    return x_md
   bias = stack_params.get('final_norm_bias')
   return _norm(x_md, stack_params['final_norm'], bias, config.norm_eps)
 
@@ -154,27 +168,40 @@ def token_losses(
     config: ModelConfig, outer: Params, hidden_md: np.ndarray, targets_m: np.ndarray
 ) -> np.ndarray:
   """Cross-entropy of each position in nats, float32 [m], from finished states of the last stack."""
-  tied = config.tie_embeddings
-  scale = config.d_model**-0.5 if tied and isinstance(config, EncDecConfig) else 1.0
-  head = np.asarray(outer['shared']['embedding']).T if tied else outer['lm_head']['kernel']
-  bias = outer.get('lm_head', {}).get('bias')
-  head_dv = jnp.asarray(head, jnp.float32)
+  if isinstance(config, StackConfig):
+    run = functools.partial(_stack_losses, config, _of_head(outer))
+  else:
+    tied = config.tie_embeddings
+    head = np.asarray(outer['shared']['embedding']).T if tied else outer['lm_head']['kernel']
+    scale = config.d_model**-0.5 if tied else 1.0
+    run = functools.partial(_token_losses, jnp.asarray(head, jnp.float32), scale)
   out, rows = np.empty(len(hidden_md), np.float32), 512
   for start in range(0, len(hidden_md), rows):
     x, targets = hidden_md[start : start + rows], targets_m[start : start + rows]
     pad = rows - len(x)
-    losses = _token_losses(
-        jnp.asarray(np.pad(x, ((0, pad), (0, 0)))), head_dv, bias,
-        jnp.asarray(np.pad(targets, (0, pad))), scale,
+    losses = run(
+        jnp.asarray(np.pad(x, ((0, pad), (0, 0)))), jnp.asarray(np.pad(targets, (0, pad)))
     )
     out[start : start + len(x)] = np.asarray(losses)[: len(x)]
   return out
 
 
+def _of_head(outer: Params) -> dict[str, Any]:
+  """What a head is computed from, on the device once."""
+  names = ('shared', 'lm_head', 'head', 'pooler')
+  return jax.tree.map(jnp.asarray, {n: outer[n] for n in names if n in outer})
+
+
+@functools.partial(jax.jit, static_argnames=('config',))
+def _stack_losses(config, outer, x_md, targets_m):
+  return _cross_entropy(decoder.head(config, outer, x_md[None])[0], targets_m)
+
+
 @functools.partial(jax.jit, static_argnames=('scale',))
-def _token_losses(x_md, head_dv, bias_v, targets_m, scale):
-  logits = linear(x_md * scale, head_dv, preferred=jnp.float32)
-  if bias_v is not None:
-    logits = logits + bias_v.astype(jnp.float32)[None]
+def _token_losses(head_dv, scale, x_md, targets_m):
+  return _cross_entropy(linear(x_md * scale, head_dv, preferred=jnp.float32), targets_m)
+
+
+def _cross_entropy(logits, targets_m):
   picked = jnp.take_along_axis(logits, targets_m[:, None], axis=-1)[:, 0]
   return jax.nn.logsumexp(logits, axis=-1) - picked

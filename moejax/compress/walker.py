@@ -170,6 +170,7 @@ class Walk:
       acts.run_layer(i, sources.subtree(self.source, layer, skip=f'{layer}/ffn/experts'))
       if i in self.config.sparse_layers(stack):
         self._experts(acts, stack, f'{layer}/ffn', special)
+        acts.finish_layer()
       self._bar.update()
     acts.finish()
     return acts
@@ -242,7 +243,7 @@ class Walk:
       )
 
   def _validation_loss(self, outer) -> float | None:
-    if not self.data.validation:
+    if not self.data.validation or getattr(self.config, 'head', '') == 'none':
       return None
     tail = self.data.tail().samples
     tokens = sum(len(s.targets) for s in tail)
@@ -251,4 +252,6 @@ class Walk:
         np.concatenate([s.targets for s in tail]),
     )
     weight = np.concatenate([s.weights for s in tail])
+    if not weight.any():
+      return None
     return float((losses.astype(np.float64) * weight).sum() / weight.sum())

@@ -1,8 +1,9 @@
 """Every setting of a model and a run as frozen, validated dataclasses; see also `settings`."""
 
 from moejax.config.activation import ACTIVATIONS, Act, Activation, CutsConfig
-from moejax.config.decoder import DecoderConfig, DecoderMoeConfig, RopeConfig
+from moejax.config.decoder import DecoderConfig, DecoderMoeConfig, RopeConfig, StackConfig
 from moejax.config.encdec import EncDecConfig, EncDecMoeConfig
+from moejax.config.encoder import EncoderConfig
 from moejax.config.moe import BALANCES, ROUTERS, VARIANTS, MoeConfig
 from moejax.config.run import (
   ActivityConfig,
@@ -33,6 +34,7 @@ __all__ = [
   'DistillConfig',
   'EncDecConfig',
   'EncDecMoeConfig',
+  'EncoderConfig',
   'Experiment',
   'LowRankConfig',
   'MeshConfig',
@@ -40,6 +42,7 @@ __all__ = [
   'MoeConfig',
   'OptimConfig',
   'RopeConfig',
+  'StackConfig',
   'TrainConfig',
   'apply_overrides',
   'from_json',

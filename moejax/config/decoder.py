@@ -1,8 +1,8 @@
-"""Settings of decoder-only models: GRIN, Phi-3.5-MoE, Mixtral, OLMoE, Qwen MoEs, Llama, OPT."""
+"""Settings of models of one stack, and decoders: GRIN, Mixtral, OLMoE, Qwen MoEs, Llama, OPT."""
 
 from collections.abc import Mapping
 import dataclasses
-from typing import ClassVar
+from typing import ClassVar, Self
 
 from moejax.config.activation import (
   ACTIVATIONS,
@@ -93,9 +93,11 @@ class DecoderMoeConfig(MoeConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderConfig(Checked):
-  """One decoder-only transformer, pre-norm.
+class StackConfig(Checked):
+  """One transformer of a single stack of layers; its subclasses say which.
 
+  causal: a token sees those before it only. post_norm: blocks norm what they give, not what they
+  get, and the embeddings are normed.
   family: whose files these are; everything else says what is computed.
   d_model, d_head, d_ff: width, width of a head, hidden units of a dense FFN (and of an expert where
   moe.d_ff is not set). num_kv_heads: heads of keys and values, each for num_heads / num_kv_heads of
@@ -111,11 +113,10 @@ class DecoderConfig(Checked):
   """
 
   section: ClassVar[str] = 'model.'
-  families: ClassVar[tuple[str, ...]] = (
-      'grin', 'phimoe', 'mixtral', 'olmoe', 'qwen2_moe', 'qwen3_moe', 'llama', 'mistral', 'qwen2',
-      'qwen3', 'opt',
-  )
-  stacks: ClassVar[tuple[str, ...]] = ('decoder',)
+  families: ClassVar[tuple[str, ...]] = ()
+  stacks: ClassVar[tuple[str, ...]] = ()
+  causal: ClassVar[bool] = True
+  post_norm: ClassVar[bool] = False
   least: ClassVar[Mapping[str, float]] = {
       'vocab_size': 1, 'd_model': 1, 'd_head': 1, 'd_ff': 1, 'num_heads': 1, 'num_kv_heads': 1,
       'num_layers': 1, 'max_positions': 1, 'sliding_window': 1, 'norm_eps': 0,
@@ -194,12 +195,17 @@ class DecoderConfig(Checked):
     """Width of a head that rotary positions turn."""
     return 0 if self.rope is None else int(self.d_head * self.rope.share)
 
+  @property
+  def stack(self) -> str:
+    """The name of the one stack."""
+    return self.stacks[0]
+
   def layers_of(self, stack: str) -> int:
-    """Layers of 'decoder', the one stack."""
+    """Layers of the one stack."""
     del stack
     return self.num_layers
 
-  def sparse_layers(self, stack: str = 'decoder') -> tuple[int, ...]:
+  def sparse_layers(self, stack: str = '') -> tuple[int, ...]:
     """Indices of the sparse layers."""
     del stack
     if self.moe is None:
@@ -209,7 +215,7 @@ class DecoderConfig(Checked):
         if (i + 1) % self.moe.sparse_step == 0 and i not in self.moe.dense_layers
     )
 
-  def of_layer(self, stack: str, index: int) -> 'DecoderConfig':
+  def of_layer(self, stack: str, index: int) -> Self:
     """The config of one layer: the same, but for its cuts and the number of experts it holds."""
     if self.cuts is not None:
       self = dataclasses.replace(self, cuts=self.cuts.of_layer(index))
@@ -230,3 +236,14 @@ class DecoderConfig(Checked):
     """Standard deviation of a fresh weight: one for all."""
     del inputs
     return self.initializer_std
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig(StackConfig):
+  """One decoder-only transformer, pre-norm; see `StackConfig`."""
+
+  families: ClassVar[tuple[str, ...]] = (
+      'grin', 'phimoe', 'mixtral', 'olmoe', 'qwen2_moe', 'qwen3_moe', 'llama', 'mistral', 'qwen2',
+      'qwen3', 'opt',
+  )
+  stacks: ClassVar[tuple[str, ...]] = ('decoder',)

@@ -37,6 +37,7 @@ class EncDecConfig(Checked):
   section: ClassVar[str] = 'model.'
   families: ClassVar[tuple[str, ...]] = ('switch', 't5')
   stacks: ClassVar[tuple[str, ...]] = ('encoder', 'decoder')
+  post_norm: ClassVar[bool] = False
   least: ClassVar[Mapping[str, float]] = {
       'vocab_size': 1, 'd_model': 1, 'd_kv': 1, 'd_ff': 1, 'num_heads': 1, 'num_layers': 1,
       'num_decoder_layers': 1, 'norm_eps': 0, 'relative_attention_max_distance': 1,

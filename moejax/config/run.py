@@ -5,12 +5,12 @@ import dataclasses
 import math
 from typing import Any, ClassVar
 
-from moejax.config.decoder import DecoderConfig
+from moejax.config.decoder import StackConfig
 from moejax.config.encdec import EncDecConfig
 from moejax.config.moe import require, require_known, require_pattern
 from moejax.settings import Checked, from_json
 
-ModelConfig = EncDecConfig | DecoderConfig
+ModelConfig = EncDecConfig | StackConfig
 
 
 def model_from_json(values: Mapping[str, Any]) -> ModelConfig:

@@ -27,18 +27,20 @@ class Checkpoint:
   def __init__(self, where: Path | str, infos: Mapping[str, Any]):
     self.where = where
     self._infos = _strip_prefixes(dict(infos))
-    for name, info in self._infos.items():
-      if info.dtype not in _FLOATS:
-        raise UserError(
-            f'{where}: tensor {name!r} is {info.dtype}, not float32, bfloat16 or float16: '
-            'convert the unquantized model'
-        )
 
   def names(self) -> tuple[str, ...]:
     return tuple(self._infos)
 
   def info(self, name: str) -> TensorInfo:
     return self._infos[name]
+
+  def require_float(self, name: str) -> None:
+    """Raises UserError for a tensor that holds no floats."""
+    if (dtype := self.info(name).dtype) not in _FLOATS:
+      raise UserError(
+          f'{self.where}: tensor {name!r} is {dtype}, not float32, bfloat16 or float16: '
+          'convert the unquantized model'
+      )
 
   def read(self, name: str) -> np.ndarray:
     """The tensor, memory-mapped where the file allows it."""

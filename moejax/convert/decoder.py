@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from moejax.config import DecoderConfig, DecoderMoeConfig, RopeConfig
+from moejax.config import DecoderConfig, DecoderMoeConfig, RopeConfig, StackConfig
 from moejax.convert.hf_config import Fields
 from moejax.convert.rules import Rule
 from moejax.errors import UserError, did_you_mean
@@ -116,7 +116,7 @@ def read_ids(fields: Fields, pad: int | None, bos: int | None, eos: int | None) 
   }
 
 
-def write_ids(config: DecoderConfig) -> dict[str, Any]:
+def write_ids(config: StackConfig) -> dict[str, Any]:
   """The inverse of `read_ids`."""
   ends: Any = list(config.eos_ids)
   if len(ends) < 2:
@@ -180,7 +180,7 @@ def moe_of(config: DecoderConfig) -> DecoderMoeConfig:
   return config.moe
 
 
-def require_plain(config: DecoderConfig, **wanted: Any) -> None:
+def require_plain(config: StackConfig, **wanted: Any) -> None:
   """Raises UserError for a setting that a family's files cannot say."""
   for name, value in wanted.items():
     found = getattr(config, name)

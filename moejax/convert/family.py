@@ -21,8 +21,8 @@ class Family:
 
   model_types: of config.json; the first is written. read_config, write_config: our config from
   fields and back to JSON values. rules(config, files): files is None for what we write. sizes: axis
-  letters; layers: the layer sets of rules. ignored: regexes of tensors that files may hold and no
-  model uses.
+  letters; layers: the layer sets of rules. ignored: regexes of tensors that files may hold
+  beside those of the rules.
   """
 
   name: str

@@ -183,9 +183,9 @@ def to_hf(
   _check_coverage(table, source)
   target = _checked_dtype(dtype)
   stored = target or _dtype_of(source.abstract('shared/embedding'))
-  values |= {
+  values = {
+      'architectures': [FAMILIES[config.family].architecture], **values,
       'model_type': FAMILIES[config.family].model_types[0],
-      'architectures': [FAMILIES[config.family].architecture],
       'dtype': str(stored), 'torch_dtype': str(stored), 'use_cache': True,
   }
   names = [n for e in table for n in (*(n[0] for n in e.names), *e.copies[: e.write_copies * 9])]

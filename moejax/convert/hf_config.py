@@ -30,7 +30,9 @@ HARMLESS = frozenset((
 FIXED: Mapping[str, tuple[Any, ...]] = {
     'quantization_config': (None,), 'pruned_heads': ({}, None), 'router_dtype': ('float32',),
 }
-_ACTIVATIONS = {**{a: a for a in ACTIVATIONS}, 'swish': 'silu', 'gelu_pytorch_tanh': 'gelu_new'}
+_ACTIVATIONS = {
+    **{a: a for a in ACTIVATIONS if a != 'drelu'}, 'swish': 'silu', 'gelu_pytorch_tanh': 'gelu_new',
+}
 
 
 class Fields:

@@ -153,13 +153,13 @@ def match(
 ) -> tuple[Match, ...]:
   """Gives every tensor of a checkpoint to exactly one entry, and every entry its tensors.
 
-  `ignored` are regexes of tensors that a family's files may hold and no model uses.
+  `ignored` are regexes of tensors that a family's files may hold beside those.
 
   Raises:
     UserError: a tensor is missing, extra, there under two names, or of another shape.
   """
   names = source.names()
-  left = {name for name in names if not any(re.fullmatch(p, name) for p in ignored)}
+  left = set(names)
   matches: list[Match] = []
   missing: list[tuple[str, Entry]] = []
   for entry in entries:
@@ -179,6 +179,7 @@ def match(
       else:
         missing.append((candidates[0], entry))
     for name in (*found, *copies):
+      source.require_float(name)
       shape = source.info(name).shape
       if shape != entry.tensor_shape:
         raise UserError(
@@ -196,6 +197,7 @@ def match(
         f'{source.where}: tensor {name!r} of shape {entry.tensor_shape} is missing'
         f'{_more(missing)}{hint}: restore it, or correct config.json'
     )
+  left = {name for name in left if not any(re.fullmatch(p, name) for p in ignored)}
   if left:
     _extra(entries, source, sorted(left))
   return tuple(matches)

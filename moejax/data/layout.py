@@ -1,12 +1,13 @@
 """Text to the batches that a model's architecture is trained and measured on."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 
-from moejax.config import DataConfig, DecoderConfig, EncDecConfig, ModelConfig
+from moejax.config import DataConfig, EncDecConfig, EncoderConfig, ModelConfig, StackConfig
 from moejax.data import batches as batches_lib
-from moejax.data import packing, span_corruption
+from moejax.data import masking, packing, span_corruption, whole_texts
 from moejax.data import tokenizer as tokenizer_lib
 from moejax.errors import UserError
 
@@ -15,8 +16,10 @@ _LEAST_SHARE = 0.98
 
 
 def num_sentinels(config: ModelConfig, data: DataConfig) -> int:
-  """Sentinels that the batches of a model need: a decoder's need none."""
-  return 0 if isinstance(config, DecoderConfig) else data.num_sentinels
+  """Sentinels that the batches of a model need: a decoder's need none, masked words one."""
+  if isinstance(config, EncoderConfig):
+    return int(config.head == 'mlm' and config.mask_id is None)
+  return 0 if isinstance(config, StackConfig) else data.num_sentinels
 
 
 def first_sentinel(config: ModelConfig) -> int:
@@ -38,7 +41,7 @@ def check_tokenizer(config: ModelConfig, tokenizer: tokenizer_lib.Tokenizer) -> 
     )
 
 
-def end_of_text(config: DecoderConfig, tokenizer: tokenizer_lib.Tokenizer) -> int:
+def end_of_text(config: StackConfig, tokenizer: tokenizer_lib.Tokenizer) -> int:
   """The id that packed documents end with: the model's first, else the tokenizer's.
 
   Raises:
@@ -74,7 +77,9 @@ def make_batches(
       settings ask for samples that the model or its tokenizer has no room for.
   """
   check_tokenizer(config, tokenizer)
-  if isinstance(config, DecoderConfig):
+  if isinstance(config, EncoderConfig) and config.head != 'mlm':
+    return _whole(config, data, documents, tokenizer, batch_size, fixed, name)
+  if isinstance(config, StackConfig):
     return _packed(config, data, documents, tokenizer, batch_size, fixed, name)
   return _corrupted(config, data, documents, tokenizer, batch_size, fixed, name)
 
@@ -83,7 +88,7 @@ def batch_spec(
     config: ModelConfig, data: DataConfig, batch_size: int
 ) -> dict[str, jax.ShapeDtypeStruct]:
   """Shape and dtype of each array of a training batch, without any text."""
-  if isinstance(config, DecoderConfig):
+  if isinstance(config, StackConfig):
     return packing.packed_spec(batch_size, data.sequence_length)
   lengths = span_corruption.lengths_for(data.encoder_length, data.noise_density, data.mean_span)
   return batches_lib.span_spec(batch_size, lengths)
@@ -113,7 +118,7 @@ def _corrupted(
 
 
 def _packed(
-    config: DecoderConfig, data: DataConfig, documents: Iterable[str],
+    config: StackConfig, data: DataConfig, documents: Iterable[str],
     tokenizer: tokenizer_lib.Tokenizer, batch_size: int, fixed: bool, name: str,
 ) -> packing.LmBatches:
   length = data.sequence_length
@@ -127,7 +132,44 @@ def _packed(
       documents, tokenizer, name, sample_tokens=length, shortest=1,
       length_field='data.sequence_length',
   )
-  return packing.LmBatches(
+  common: dict[str, Any] = dict(
       corpus=corpus, batch_size=batch_size, sequence_length=length, seed=data.seed,
       pad_id=config.pad_id or 0, eos_id=eos_id, fixed=fixed,
+  )
+  if not isinstance(config, EncoderConfig):
+    return packing.LmBatches(**common)
+  return masking.MaskedBatches(
+      mask_id=mask_of(config, tokenizer), vocab_size=tokenizer.vocab_size,
+      noise_density=data.noise_density, **common,
+  )
+
+
+def mask_of(config: EncoderConfig, tokenizer: tokenizer_lib.Tokenizer) -> int:
+  """The id that stands for a masked word: the model's, else the tokenizer's.
+
+  Raises:
+    UserError: neither has one.
+  """
+  found = tokenizer.mask_id if config.mask_id is None else config.mask_id
+  if found is None:
+    raise UserError(
+        'model.mask_id is null and the tokenizer has no [MASK] or <extra_id_0>: set model.mask_id '
+        'to the id that stands for masked words'
+    )
+  return found
+
+
+def _whole(
+    config: EncoderConfig, data: DataConfig, documents: Iterable[str],
+    tokenizer: tokenizer_lib.Tokenizer, batch_size: int, fixed: bool, name: str,
+) -> whole_texts.TextBatches:
+  if data.sequence_length > config.max_positions:
+    raise UserError(
+        f'data.sequence_length = {data.sequence_length}: the model has learned '
+        f'model.max_positions = {config.max_positions}; lower it'
+    )
+  return whole_texts.TextBatches(
+      texts=whole_texts.framed(documents, tokenizer, data.sequence_length, name),
+      batch_size=batch_size, sequence_length=data.sequence_length, seed=data.seed,
+      pad_id=config.pad_id or 0, fixed=fixed,
   )

@@ -14,7 +14,8 @@ from moejax import errors, files
 
 PAD_ID, EOS_ID, UNK_ID = 0, 1, 2
 SPECIAL = ('<pad>', '</s>', '<unk>')
-_ENDS = ('</s>', '<|endoftext|>')
+_ENDS = ('</s>', '<|endoftext|>', '[SEP]')
+_MASKS = ('[MASK]', '<mask>', '<extra_id_0>')
 FILE_NAME = 'tokenizer.json'
 
 
@@ -44,8 +45,16 @@ class Tokenizer:
 
   @property
   def eos_id(self) -> int | None:
-    """Id of `</s>` or else of `<|endoftext|>`; None if it knows neither."""
-    known = (self._backend.token_to_id(token) for token in _ENDS)
+    """Id of `</s>`, else of `<|endoftext|>` or `[SEP]`; None if it knows none."""
+    return self._first_known(_ENDS)
+
+  @property
+  def mask_id(self) -> int | None:
+    """Id of `[MASK]`, else of `<mask>` or the first sentinel; None if it knows none."""
+    return self._first_known(_MASKS)
+
+  def _first_known(self, names: Iterable[str]) -> int | None:
+    known = (self._backend.token_to_id(name) for name in names)
     return next((token for token in known if token is not None), None)
 
   def encode(self, text: str, special: bool = False) -> np.ndarray:

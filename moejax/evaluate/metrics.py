@@ -152,6 +152,11 @@ def evaluate(
   Raises:
     UserError: no batch, or `against` has another vocabulary.
   """
+  if getattr(model.config, 'head', 'mlm') != 'mlm':
+    raise UserError(
+        f'this {model.config.family} has head {model.config.head!r}, which tells no words: '  # type: ignore[union-attr]
+        'nothing to evaluate on text alone'
+    )
   if against is not None:
     check_comparable(model.config, against.config)
   run = functools.partial(

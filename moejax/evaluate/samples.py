@@ -103,7 +103,7 @@ def previous_tokens(
   before, inside a span; at the head of a span it is the encoder token before the span's sentinel.
   """
   targets = np.asarray(batch['targets'])
-  if isinstance(config, config_lib.DecoderConfig):
+  if isinstance(config, config_lib.StackConfig):
     content = (np.asarray(batch['weights']) > 0) & ~np.isin(targets, config.eos_ids)
     return ContentTokens(
         tokens=targets[content].astype(np.int64),

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 from moejax import sharding
-from moejax.config import DecoderConfig, ModelConfig
+from moejax.config import ModelConfig, StackConfig
 from moejax.errors import UserError
 from moejax.nn import stacking
 from moejax.routing import router
@@ -74,7 +74,7 @@ def by_path(
   }
 
 
-def check_pipeline(config: DecoderConfig, stages: int, batch: int, microbatches: int) -> None:
+def check_pipeline(config: StackConfig, stages: int, batch: int, microbatches: int) -> None:
   """Raises UserError unless blocks divide over stages and the batch over microbatches."""
   blocks = config.num_layers // stacking.period(config)
   if blocks % stages:
@@ -87,7 +87,7 @@ def check_pipeline(config: DecoderConfig, stages: int, batch: int, microbatches:
 
 
 def pipeline(
-    config: DecoderConfig, blocks: Mapping[str, Any], x_btd: jax.Array, context: Any,
+    config: StackConfig, blocks: Mapping[str, Any], x_btd: jax.Array, context: Any,
     key: jax.Array | None, run: RunLayer, *, mesh: Mesh, microbatches: int, remat: bool = False,
 ) -> tuple[jax.Array, dict[int, Routing]]:
   """`scan` with the blocks over the mesh axis 'pipeline'; the same result.
@@ -143,7 +143,7 @@ def pipeline(
 
 
 def _join(
-    config: DecoderConfig, routing: Routing, batch: int, length: int, valid_bt: Any, mesh: Mesh
+    config: StackConfig, routing: Routing, batch: int, length: int, valid_bt: Any, mesh: Mesh
 ) -> Routing:
   """One layer's routing of microbatches [M, m / M, ...] as that of the batch."""
 

@@ -1,4 +1,4 @@
-"""The decoder-only transformer: Linen shells of its layers, composed by pure functions.
+"""A transformer of one stack, decoder or encoder: Linen shells of layers, composed by functions.
 
 Layers are applied one at a time from their own params, so the same code runs a model whole, layer
 by layer from disk, or with a cache.
@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from moejax import sharding
-from moejax.config import DecoderConfig
+from moejax.config import EncoderConfig, StackConfig
 from moejax.errors import UserError
-from moejax.nn import blocks, outputs, stacking
-from moejax.nn.layers import DenseFfn, norm_params, normal, weight
+from moejax.nn import blocks, encoder_head, outputs, stacking
+from moejax.nn.layers import DenseFfn, norm_after, norm_before, norm_params, normal, weight
 from moejax.nn.moe import MoeFfn
 from moejax.nn.outputs import Output
 from moejax.ops import cache as cache_lib
@@ -48,7 +48,7 @@ class Context:
 class SelfAttention(nn.Module):
   """x + dropout(attend(norm(x)))."""
 
-  config: DecoderConfig
+  config: StackConfig
   window: int | None = None
   train: bool = False
 
@@ -60,7 +60,7 @@ class SelfAttention(nn.Module):
     scale, bias = norm_params(self, c)
     params = self._params()
     q, k, v = causal.project(
-        params, norm.norm(x_btd, scale, bias, c.norm_eps), context.turn,
+        params, norm_before(c, x_btd, scale, bias), context.turn,
         eps=c.norm_eps, clip=c.clip_qkv,
     )
     if cache is not None:
@@ -68,7 +68,8 @@ class SelfAttention(nn.Module):
       k, v = cache.k_bsgh.astype(q.dtype), cache.v_bsgh.astype(q.dtype)
     mixed = causal.attend(q, k, v, context.masks[str(self.window or '')])
     y = causal.output(params, mixed)
-    return x_btd + nn.Dropout(c.dropout_rate, deterministic=not self.train)(y), cache
+    x_btd = x_btd + nn.Dropout(c.dropout_rate, deterministic=not self.train)(y)
+    return norm_after(c, x_btd, scale, bias), cache
 
   def _params(self) -> dict[str, Any]:
     c, zeros, ones = self.config, nn.initializers.zeros, nn.initializers.ones
@@ -92,7 +93,7 @@ class SelfAttention(nn.Module):
 class DecoderLayer(nn.Module):
   """Attention, then a dense or sparse FFN."""
 
-  config: DecoderConfig
+  config: StackConfig
   sparse: bool
   window: int | None = None
   mesh: Mesh | None = None
@@ -126,23 +127,23 @@ class DecoderLayer(nn.Module):
 
 
 def layer_module(
-    config: DecoderConfig, index: int, mesh: Mesh | None = None, train: bool = False,
+    config: StackConfig, index: int, mesh: Mesh | None = None, train: bool = False,
     observe: bool = False,
 ) -> DecoderLayer:
   """The shell of layer `index`."""
+  sparse = index in config.sparse_layers()
   return DecoderLayer(
-      config.of_layer('decoder', index), index in config.sparse_layers(), config.window_of(index),
-      mesh, train, observe,
+      config.of_layer(config.stack, index), sparse, config.window_of(index), mesh, train, observe
   )
 
 
-def windows(config: DecoderConfig) -> set[int | None]:
+def windows(config: StackConfig) -> set[int | None]:
   """The distinct windows among the layers."""
   return {config.window_of(i) for i in range(config.num_layers)}
 
 
 def make_context(
-    config: DecoderConfig,
+    config: StackConfig,
     query_bt: jax.Array,
     key_bs: jax.Array,
     *,
@@ -158,13 +159,16 @@ def make_context(
     segments: numbers of packed documents, of queries and of keys.
     valid_bt, tokens_bt: for the router.
   """
+  if not config.causal and segments is None and valid_bt is not None:
+    segments = valid_bt.astype(jnp.int32), valid_bt.astype(jnp.int32)
   turn = None
   if config.rope is not None:
     turn = rope.angles(config.rope, config.d_rotated, query_bt, length)
   of_query, of_key = segments if segments is not None else (None, None)
   masks = {
       str(window or ''): causal.mask(
-          query_bt, key_bs, window=window, query_segment_bt=of_query, key_segment_bs=of_key
+          query_bt, key_bs, window=window, query_segment_bt=of_query, key_segment_bs=of_key,
+          causal=config.causal,
       )
       for window in windows(config)
   }
@@ -172,27 +176,36 @@ def make_context(
 
 
 def embed(
-    config: DecoderConfig, params: Mapping[str, Any], tokens_bt: jax.Array,
+    config: StackConfig, params: Mapping[str, Any], tokens_bt: jax.Array,
     positions_bt: jax.Array, dtype: Any, mesh: Mesh | None = None,
+    types_bt: jax.Array | None = None,
 ) -> jax.Array:
-  """Token embeddings, and learned positions where the model has them: [b, t, d]."""
+  """Token embeddings, learned positions and kinds of tokens where the model has them: [b, t, d]."""
   shared = params['shared']
   x_btd = sharding.gather_whole(shared['embedding'].astype(dtype), mesh)[tokens_bt]
   if config.rope is None:
     table = sharding.gather_whole(shared['positions'].astype(dtype), mesh)
     x_btd = x_btd + table[positions_bt + config.position_offset]
+  if isinstance(config, EncoderConfig):
+    types = jnp.zeros_like(tokens_bt) if types_bt is None else types_bt
+    table = sharding.gather_whole(shared['token_types'].astype(dtype), mesh)
+    x_btd = norm.norm(x_btd + table[types], shared['norm'], shared['norm_bias'], config.norm_eps)
   return sharding.constrain_batch(x_btd, mesh)
 
 
 def final_norm(
-    config: DecoderConfig, params: Mapping[str, Any], x_btd: jax.Array
+    config: StackConfig, params: Mapping[str, Any], x_btd: jax.Array
 ) -> jax.Array:
-  stack = params['decoder']
+  if config.post_norm:
+    return x_btd
+  stack = params[config.stack]
   return norm.norm(x_btd, stack['final_norm'], stack.get('final_norm_bias'), config.norm_eps)
 
 
-def head(config: DecoderConfig, params: Mapping[str, Any], x_btd: jax.Array) -> jax.Array:
-  """The logits of normed hidden states, float32 [b, t, v]."""
+def head(config: StackConfig, params: Mapping[str, Any], x_btd: jax.Array) -> jax.Array:
+  """The logits of normed hidden states, float32 [b, t, v]; an encoder's are of what it tells."""
+  if isinstance(config, EncoderConfig):
+    return encoder_head.logits(config, params, x_btd)
   kernel = (
       params['shared']['embedding'].T if config.tie_embeddings else params['lm_head']['kernel']
   )
@@ -203,13 +216,14 @@ def head(config: DecoderConfig, params: Mapping[str, Any], x_btd: jax.Array) -> 
 
 
 def forward(
-    config: DecoderConfig,
+    config: StackConfig,
     params: Mapping[str, Any],
     tokens_bt: jax.Array,
     *,
     positions_bt: jax.Array | None = None,
     segments_bt: jax.Array | None = None,
     valid_bt: jax.Array | None = None,
+    types_bt: jax.Array | None = None,
     draws: Mapping[str, Draws] | None = None,
     key: jax.Array | None = None,
     dtype: Any = jnp.float32,
@@ -231,25 +245,29 @@ def forward(
       segments=None if segments_bt is None else (segments_bt, segments_bt),
       valid_bt=valid_bt, tokens_bt=tokens_bt,
   )
-  x_btd = embed(config, params, tokens_bt, positions_bt, dtype, mesh)
+  x_btd = embed(config, params, tokens_bt, positions_bt, dtype, mesh, types_bt)
+  if key is not None and isinstance(config, EncoderConfig):
+    drop = nn.Dropout(config.dropout_rate, deterministic=False)
+    x_btd = drop.apply({}, x_btd, rngs={'dropout': jax.random.fold_in(key, config.num_layers)})
   if draws and stacking.is_stacked(params):
     raise UserError('recorded draws are of single layers: unstack the params')
   if stacking.is_stacked(params):
     x_btd, routings, states = run_blocks(
-        config, params['decoder'], x_btd, context, key, mesh, remat, microbatches, keep_states,
+        config, params[config.stack], x_btd, context, key, mesh, remat, microbatches, keep_states,
         observe,
     )
   elif mesh is not None and mesh.shape['pipeline'] > 1:
     raise UserError('a mesh with a pipeline needs stacked layers: set train.scan_layers = true')
   else:
     x_btd, routings, states = run_layers(
-        config, params['decoder'], x_btd, context, key, mesh, remat, draws or {}, keep_states,
+        config, params[config.stack], x_btd, context, key, mesh, remat, draws or {}, keep_states,
         observe,
     )
   x_btd = final_norm(config, params, x_btd)
-  kept = None if states is None else {'decoder': states.at[-1].set(x_btd)}
+  kept = None if states is None else {config.stack: states.at[-1].set(x_btd)}
   told = outputs.of_ffns(routings, observe)
-  return Output(head(config, params, x_btd), states=kept, **told)
+  encoded = x_btd if isinstance(config, EncoderConfig) else None
+  return Output(head(config, params, x_btd), encoder_bsd=encoded, states=kept, **told)
 
 
 def run_layers(
@@ -262,7 +280,7 @@ def run_layers(
   routings, given = {}, []
   for i in range(config.num_layers):
     module = layer_module(config, i, mesh, key is not None, observe)
-    own = dataclasses.replace(context, draws=draws.get(f'decoder/layers_{i}/ffn'))
+    own = dataclasses.replace(context, draws=draws.get(f'{config.stack}/layers_{i}/ffn'))
     run = lambda p, x, k, module=module, own=own: module.apply(
         {'params': p}, x, own, rngs=blocks.layer_keys(k)
     )[:2]
@@ -271,7 +289,7 @@ def run_layers(
         stack[f'layers_{i}'], x_btd, None if key is None else jax.random.fold_in(key, i)
     )
     if routing is not None:
-      routings[f'decoder/layers_{i}/ffn'] = routing
+      routings[f'{config.stack}/layers_{i}/ffn'] = routing
     given.append(x_btd)
   return x_btd, routings, jnp.stack(given) if keep_states else None
 
@@ -302,11 +320,11 @@ def run_blocks(
         config, own, x_btd, context, key, run, mesh=mesh, microbatches=microbatches or stages,
         remat=remat,
     )
-  return x_btd, blocks.by_path(config, routings), states
+  return x_btd, blocks.by_path(config, routings, config.stack), states
 
 
 def empty_caches(
-    config: DecoderConfig, batch: int, slots: int, dtype: Any = jnp.float32
+    config: StackConfig, batch: int, slots: int, dtype: Any = jnp.float32
 ) -> tuple[cache_lib.Cache, ...]:
   """A cache of zeros for each layer, for texts of up to `slots` tokens."""
   return tuple(
@@ -316,7 +334,7 @@ def empty_caches(
 
 
 def step(
-    config: DecoderConfig,
+    config: StackConfig,
     params: Mapping[str, Any],
     tokens_bt: jax.Array,
     caches: Sequence[cache_lib.Cache],
@@ -341,7 +359,7 @@ def step(
   new = []
   for i in range(config.num_layers):
     run: Any = layer_module(config, i, mesh).apply
-    own = {'params': params['decoder'][f'layers_{i}']}
+    own = {'params': params[config.stack][f'layers_{i}']}
     x_btd, _, cache = run(own, x_btd, context, caches[i], at)
     new.append(cache)
   x_btd = final_norm(config, params, x_btd[:, -1:])
@@ -356,7 +374,7 @@ def _init_layer(module: DecoderLayer, key: jax.Array) -> Any:
   return module.init(key, jnp.zeros((1, 2, module.config.d_model)), context)['params']
 
 
-def init(config: DecoderConfig, key: jax.Array) -> dict[str, Any]:
+def init(config: StackConfig, key: jax.Array) -> dict[str, Any]:
   """Random float32 params."""
   keys = jax.random.split(key, config.num_layers + 3)
   std, d, v = config.initializer_std, config.d_model, config.vocab_size
@@ -368,10 +386,16 @@ def init(config: DecoderConfig, key: jax.Array) -> dict[str, Any]:
       f'layers_{i}': _init_layer(layer_module(config, i), keys[3 + i])
       for i in range(config.num_layers)
   }
+  if isinstance(config, EncoderConfig):
+    shared |= {
+        'token_types': table(jax.random.fold_in(keys[0], 1), (config.token_types, d)),
+        'norm': jnp.ones((d,)), 'norm_bias': jnp.zeros((d,)),
+    }
+    return {'shared': shared, config.stack: stack, **encoder_head.init(config, keys[2])}
   stack['final_norm'] = jnp.ones((d,))
   if config.norm == 'layer':
     stack['final_norm_bias'] = jnp.zeros((d,))
-  params: dict[str, Any] = {'shared': shared, 'decoder': stack}
+  params: dict[str, Any] = {'shared': shared, config.stack: stack}
   if not config.tie_embeddings:
     params['lm_head'] = {'kernel': table(keys[2], (d, v))}
   if config.head_bias:

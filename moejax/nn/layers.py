@@ -44,6 +44,16 @@ def norm_params(module: nn.Module, c: ModelConfig, name: str = 'norm') -> tuple[
   return scale, weight(module, f'{name}_bias', nn.initializers.zeros, (c.d_model,))
 
 
+def norm_before(c: ModelConfig, x: jax.Array, scale: Any, bias: Any) -> jax.Array:
+  """What a block reads of the residual stream."""
+  return x if c.post_norm else norm.norm(x, scale, bias, c.norm_eps)
+
+
+def norm_after(c: ModelConfig, x: jax.Array, scale: Any, bias: Any) -> jax.Array:
+  """The residual stream behind a block."""
+  return norm.norm(x, scale, bias, c.norm_eps) if c.post_norm else x
+
+
 class Attention(nn.Module):
   """x + dropout(attend(norm(x))): T5's self-attention, or cross-attention given a source."""
 
@@ -93,7 +103,10 @@ class Attention(nn.Module):
 
 
 class DenseFfn(nn.Module):
-  """x + dropout(ffn(norm(x))), and how active the real tokens' hidden units are, if asked for."""
+  """x + dropout(ffn(norm(x))), and how active the real tokens' hidden units are, if asked for.
+
+  norm(x + dropout(ffn(x))) in a model that norms behind its blocks.
+  """
 
   config: ModelConfig
   train: bool = False
@@ -107,10 +120,10 @@ class DenseFfn(nn.Module):
     scale, bias = norm_params(self, c)
     params = ffn_params(self, c, ())
     dropout = nn.Dropout(c.dropout_rate, deterministic=not self.train)
-    normed = norm.norm(x_btd, scale, bias, c.norm_eps)
+    normed = norm_before(c, x_btd, scale, bias)
     y, hidden, inputs = ffn.observed_ffn(params, normed, c.act, dropout)
     seen = activity.measure(hidden, inputs, valid_bt) if self.observe else None
-    return x_btd + dropout(y), seen
+    return norm_after(c, x_btd + dropout(y), scale, bias), seen
 
 
 def ffn_params(

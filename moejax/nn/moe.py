@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 
 from moejax import sharding
 from moejax.config import ModelConfig
-from moejax.nn.layers import ffn_params, norm_params, normal, weight
+from moejax.nn.layers import ffn_params, norm_after, norm_before, norm_params, normal, weight
 from moejax.nn.selection import SelectionRouter
-from moejax.ops import ffn, moe, norm, selected
+from moejax.ops import ffn, moe, selected
 from moejax.routing import remap, router
 from moejax.routing.draws import Draws
 from moejax.routing.types import Routing
@@ -157,7 +157,7 @@ class MoeFfn(nn.Module):
   ) -> tuple[jax.Array, Routing]:
     """The normed input of the experts and where each token goes."""
     c = self.config
-    normed = norm.norm(x_btd, self.norm, self.norm_bias, c.norm_eps)
+    normed = norm_before(c, x_btd, self.norm, self.norm_bias)
     if self.train and c.moe.input_jitter_noise > 0:
       noised = router.jitter(normed, c.moe.input_jitter_noise, self.make_rng('router'))
       normed = noised.astype(normed.dtype)
@@ -191,4 +191,5 @@ class MoeFfn(nn.Module):
     routing = routing if c.moe.merged and not c.moe.sum_groups else computed
     if c.moe.router == 'sparsemixer_v1':
       y = y * self.omega.astype(y.dtype)[None, None]
-    return x_btd + self.dropout(y + self.beside(normed)), routing
+    x_btd = x_btd + self.dropout(y + self.beside(normed))
+    return norm_after(c, x_btd, self.norm, self.norm_bias), routing

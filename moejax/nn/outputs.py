@@ -15,7 +15,8 @@ from moejax.routing.types import Routing
 class Output:
   """logits_btv float32, each sparse layer's Routing by path, and what else an architecture has.
 
-  encoder_bsd: the encoder's final hidden states. caches: a decoder's keys and values by layer.
+  encoder_bsd: an encoder's final hidden states; of one without a head the logits are empty.
+  caches: a decoder's keys and values by layer.
   states: what every layer of a stack gives, [layers, b, t, d] by stack, the last one normed; only
     where asked for.
   activity: how active each dense FFN's hidden units are, by path; only where asked for.

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moejax.config import DecoderConfig, ModelConfig
+from moejax.config import ModelConfig, StackConfig
 
 BLOCKS = 'blocks'
 
@@ -20,7 +20,7 @@ BLOCKS = 'blocks'
 def period(config: ModelConfig, stack: str = 'decoder') -> int:
   """The least number of layers after which kinds of layers repeat; it divides their number."""
   n, sparse = config.layers_of(stack), config.sparse_layers(stack)
-  window = config.window_of if isinstance(config, DecoderConfig) else lambda i: None
+  window = config.window_of if isinstance(config, StackConfig) else lambda i: None
   kinds = [(i in sparse, window(i), config.of_layer(stack, i)) for i in range(n)]
   return next(
       p for p in range(1, n + 1)
@@ -30,7 +30,7 @@ def period(config: ModelConfig, stack: str = 'decoder') -> int:
 
 def is_stacked(params: Mapping[str, Any]) -> bool:
   """Whether a model's params are stacked."""
-  return BLOCKS in params.get('decoder', {})
+  return any(isinstance(own, Mapping) and BLOCKS in own for own in params.values())
 
 
 def stack(params: Mapping[str, Any], config: ModelConfig) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Causal attention of decoders: grouped queries, windows, packed documents."""
+"""Attention within one stack, mostly causal: grouped queries, windows, packed documents."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -17,15 +17,19 @@ def mask(
     window: int | None = None,
     query_segment_bt: jax.Array | None = None,
     key_segment_bs: jax.Array | None = None,
+    causal: bool = True,
 ) -> jax.Array:
   """Which keys a query sees, bool [b, 1, t, s].
 
   Args:
-    query_bt, key_bs: positions. A key is seen from its own position on, and until `window` later.
+    query_bt, key_bs: positions. A key is seen from its own position on, and until `window` later;
+      without `causal` by queries before it too, less than a window away.
     query_segment_bt, key_segment_bs: numbers of packed documents; a query sees its own only.
       Segment 0 is padding, which nothing sees but itself.
   """
   distance = query_bt[:, :, None] - key_bs[:, None, :]
+  if not causal:
+    distance = jnp.abs(distance)
   seen = distance >= 0
   if window is not None:
     seen &= distance < window

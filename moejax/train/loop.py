@@ -147,6 +147,17 @@ def check(experiment: config_lib.Experiment) -> None:
   for name, allowed in known.items():
     if getattr(train, name) not in allowed:
       raise errors.UserError(f'train.{name} = {getattr(train, name)!r}: one of {allowed}')
+  head = getattr(experiment.model, 'head', '')
+  if head == 'labels':
+    raise errors.UserError(
+        "model.head = 'labels': texts alone have none; call train.step with batches whose targets "
+        'at the first token are labels'
+    )
+  if head == 'none' and not (experiment.distill.teacher and experiment.distill.hidden_weight):
+    raise errors.UserError(
+        "model.head = 'none': there is nothing to learn but hidden states; name distill.teacher "
+        'and set distill.hidden_weight'
+    )
   if not experiment.distill.teacher and not experiment.distill.task_weight:
     raise errors.UserError(
         'distill.task_weight = 0 and no distill.teacher: there is nothing to learn; name a teacher'

@@ -35,10 +35,19 @@ def cross_entropy(
   return jax.nn.logsumexp(logits_btv, axis=-1) - picked, hit
 
 
+def task_losses(
+    logits_btv: jax.Array, targets_bt: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """`cross_entropy`; zeros of a model without a head, whose logits are empty."""
+  if logits_btv.shape[-1]:
+    return cross_entropy(logits_btv, targets_bt)
+  return jnp.zeros(targets_bt.shape), jnp.zeros(targets_bt.shape, bool)
+
+
 def content_weights(batch: Batch, config: config_lib.ModelConfig, first_sentinel: int) -> jax.Array:
   """Weights with sentinels and ends of texts left out: what is left is text, float32 [b, t]."""
   targets = batch['targets']
-  if isinstance(config, config_lib.DecoderConfig):
+  if isinstance(config, config_lib.StackConfig):
     return batch['weights'] * ~jnp.isin(targets, jnp.array(config.eos_ids, targets.dtype))
   return batch['weights'] * ((targets < first_sentinel) & (targets != config.eos_id))
 
@@ -50,7 +59,7 @@ def has_dense_ffns(config: config_lib.ModelConfig) -> bool:
 
 def count_tokens(batch: Batch, config: config_lib.ModelConfig) -> jax.Array:
   """Real tokens that the model reads, both stacks together."""
-  if isinstance(config, config_lib.DecoderConfig):
+  if isinstance(config, config_lib.StackConfig):
     return jnp.sum(batch['segments'] > 0)
   return jnp.sum(batch['encoder_tokens'] != config.pad_id) + jnp.sum(batch['weights'])
 
@@ -68,7 +77,7 @@ def forward(
   train = experiment.train
   extra = {}
   params = low_rank.whole(params, experiment.low_rank)
-  if isinstance(experiment.model, config_lib.DecoderConfig):
+  if isinstance(experiment.model, config_lib.StackConfig):
     extra['microbatches'] = train.pipeline_microbatches
   return model.forward(
       experiment.model, params, batch, key=key, dtype=jnp.dtype(train.compute_dtype), mesh=mesh,
@@ -91,7 +100,7 @@ def routing_metrics(
 
 def _real_tokens(config: config_lib.ModelConfig, path: str, batch: Batch) -> jax.Array:
   """Where the stack of a layer's path reads real tokens, bool [b, t]."""
-  if isinstance(config, config_lib.DecoderConfig):
+  if isinstance(config, config_lib.StackConfig):
     return batch['segments'] > 0
   return batch['encoder_tokens'] != config.pad_id if path.startswith('encoder/') else (
       batch['weights'] > 0
@@ -133,7 +142,7 @@ def loss_fn(
       keep_states=teacher is not None and experiment.distill.hidden_weight > 0,
       observe=bool(experiment.activity.form),
   )
-  losses, hits = cross_entropy(output.logits_btv, batch['targets'])
+  losses, hits = task_losses(output.logits_btv, batch['targets'])
   cross = jnp.sum(losses * batch['weights']) / total_weight
   balance = balance_loss(experiment.model, output.routings, batch) / parts
   z = sum((r.z_loss for r in output.routings.values()), jnp.float32(0)) / parts
@@ -180,7 +189,7 @@ def distillation(
       mesh=mesh, keep_states=output.states is not None,
   ))
   how, apart = experiment.distill, None
-  kl = distill.logit_loss(
+  kl = jnp.float32(0) if not output.logits_btv.shape[-1] else distill.logit_loss(
       output.logits_btv, theirs.logits_btv, batch['weights'], temperature=how.temperature,
       reduction=how.reduction,
   )
@@ -315,7 +324,7 @@ def eval_step(
   first_sentinel: the least id that stands for a masked span; a decoder has none.
   """
   output = forward(experiment, params, batch, mesh=mesh)
-  losses, hits = cross_entropy(output.logits_btv, batch['targets'])
+  losses, hits = task_losses(output.logits_btv, batch['targets'])
   content = content_weights(batch, experiment.model, first_sentinel)
   return {
       'loss': jnp.sum(losses * batch['weights']),
@@ -351,13 +360,13 @@ def check_fits(experiment: config_lib.Experiment, mesh: Mesh) -> None:
         f'mesh.pipeline = {stages} needs stacked layers: set train.scan_layers = true'
     )
   model_config, length = experiment.model, experiment.data.sequence_length
-  if isinstance(model_config, config_lib.DecoderConfig) and length > model_config.max_positions:
+  if isinstance(model_config, config_lib.StackConfig) and length > model_config.max_positions:
     raise errors.UserError(
         f'data.sequence_length = {length} is over the context of the model: raise '
         f'model.max_positions = {model_config.max_positions}'
     )
   if stages > 1:
-    if not isinstance(model_config, config_lib.DecoderConfig):
+    if not isinstance(model_config, config_lib.StackConfig):
       raise errors.UserError(f'mesh.pipeline = {stages} is for decoders: set it to 1')
     blocks.check_pipeline(model_config, stages, size // parts, micro)
   if (moe := model_config.moe) is not None:

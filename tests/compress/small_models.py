@@ -9,6 +9,7 @@ from moejax.config import (
   DecoderMoeConfig,
   EncDecConfig,
   EncDecMoeConfig,
+  EncoderConfig,
   ModelConfig,
 )
 from moejax.model import Model, init_params
@@ -65,6 +66,9 @@ DENSE = {
     ),
     'llama': DecoderConfig(family='llama', **DENSE_BASE),
     'llama_biased': DecoderConfig(family='llama', ffn_bias=True, **DENSE_BASE),
+    'bert': EncoderConfig(
+        activation='relu', dropout_rate=0.0, **{**DENSE_BASE, 'eos_ids': ()},
+    ),
 }
 
 
@@ -122,8 +126,10 @@ def loss(made: Model, family: str, batch: dict[str, np.ndarray]) -> float:
     out = made.apply(tokens, batch['decoder_tokens'], encoder_mask=tokens != 0).logits_btv
     targets, weights = batch['targets'], batch['weights']
   else:
-    out, targets = made.apply(batch['tokens']).logits_btv, np.roll(batch['tokens'], -1, 1)
-    weights = np.ones(targets.shape) * (np.arange(targets.shape[1]) < targets.shape[1] - 1)
+    out, causal = made.apply(batch['tokens']).logits_btv, made.config.causal
+    targets = np.roll(batch['tokens'], -1, 1) if causal else batch['tokens']
+    length = targets.shape[1]
+    weights = np.ones(targets.shape) * (np.arange(length) < (length - 1 if causal else length))
   own = np.take_along_axis(np.asarray(jax.nn.log_softmax(out)), targets[..., None], -1)[..., 0]
   return float(-(own * weights).sum() / weights.sum())
 

@@ -1,0 +1,161 @@
+"""BERT from and to Hugging Face: the same hidden states, pooled tokens and logits."""
+
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from moejax import convert
+from moejax.config import EncoderConfig
+from moejax.errors import UserError
+from moejax.model import Model, apply_fn
+from moejax.nn import encoder_head
+
+torch = pytest.importorskip('torch')
+transformers = pytest.importorskip('transformers')
+
+CLASSES = {
+    'none': 'BertModel', 'mlm': 'BertForMaskedLM', 'labels': 'BertForSequenceClassification',
+}
+
+
+def build(head, **changes):
+  torch.manual_seed(0)
+  fields = dict(
+      vocab_size=83, hidden_size=32, num_attention_heads=4, intermediate_size=48,
+      num_hidden_layers=2, max_position_embeddings=40, initializer_range=0.2, **changes,
+  )
+  fields |= {'num_labels': 5} if head == 'labels' else {}
+  model = getattr(transformers, CLASSES[head])(transformers.BertConfig(**fields)).eval()
+  with torch.no_grad():
+    for name, p in model.named_parameters():
+      if name.endswith('bias') or 'LayerNorm' in name:
+        p.add_(torch.randn_like(p) * 0.2)
+  return model
+
+
+def inputs():
+  rng = np.random.default_rng(0)
+  tokens = rng.integers(1, 83, (3, 19)).astype(np.int32)
+  mask = np.ones((3, 19), bool)
+  mask[0, 12:], mask[2, 1:] = False, False
+  return tokens, mask, rng.integers(0, 2, (3, 19)).astype(np.int32)
+
+
+def theirs(hf, tokens, mask, types):
+  with torch.no_grad():
+    return hf(
+        input_ids=torch.tensor(tokens, dtype=torch.long), token_type_ids=torch.tensor(types).long(),
+        attention_mask=torch.tensor(mask).long(), output_hidden_states=True,
+    )
+
+
+def close(ours, theirs, mask=None):
+  ours, theirs = np.asarray(ours), np.asarray(theirs)
+  if mask is not None:
+    ours, theirs = ours[mask], theirs[mask]
+  np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-5 * np.abs(theirs).max())
+
+
+@pytest.mark.parametrize('head', list(CLASSES))
+@pytest.mark.parametrize('act', ['gelu', 'relu', 'gelu_new'])
+def test_the_same_outputs(head, act, tmp_path):
+  hf = build(head, hidden_act=act)
+  hf.save_pretrained(tmp_path / 'theirs')
+  model = convert.from_hf(tmp_path / 'theirs')
+  assert isinstance(model.config, EncoderConfig) and model.config.head == head
+  tokens, mask, types = inputs()
+  want = theirs(hf, tokens, mask, types)
+  got = apply_fn(
+      model.config, model.params, tokens, valid_bt=mask, types_bt=types, keep_states=True
+  )
+  for ours, own in zip(got.states['encoder'], want.hidden_states[1:]):
+    close(ours, own, mask)
+  close(got.encoder_bsd, want.hidden_states[-1], mask)
+  if head == 'none':
+    assert got.logits_btv.shape == (3, 19, 0)
+    close(encoder_head.pooled(model.params, got.encoder_bsd)[:, 0], want.pooler_output)
+  elif head == 'labels':
+    assert got.logits_btv.shape == (3, 19, 5)
+    close(got.logits_btv[:, 0], want.logits)
+  else:
+    close(got.logits_btv, want.logits, mask)
+
+
+@pytest.mark.parametrize('head', list(CLASSES))
+def test_back_again(head, tmp_path):
+  hf = build(head)
+  hf.save_pretrained(tmp_path / 'theirs')
+  model = convert.from_hf(tmp_path / 'theirs')
+  convert.to_hf(model, tmp_path / 'ours')
+  again, info = getattr(transformers, CLASSES[head]).from_pretrained(
+      tmp_path / 'ours', output_loading_info=True
+  )
+  assert not info['missing_keys'] and not info['unexpected_keys']
+  before, after = hf.state_dict(), again.state_dict()
+  assert before.keys() == after.keys()
+  for name, value in before.items():
+    np.testing.assert_array_equal(value.numpy(), after[name].numpy(), err_msg=name)
+  second = convert.from_hf(tmp_path / 'ours')
+  assert second.config == model.config
+  jax.tree.map(np.testing.assert_array_equal, second.params, model.params)
+  model.save(tmp_path / 'moejax')
+  assert Model.load(tmp_path / 'moejax').config == model.config
+
+
+def test_pretraining_heads_and_old_buffers_are_left_out(tmp_path):
+  torch.manual_seed(0)
+  config = build('mlm').config
+  hf = transformers.BertForPreTraining(config).eval()
+  hf.save_pretrained(tmp_path / 'theirs')
+  model = convert.from_hf(tmp_path / 'theirs')
+  tokens, mask, types = inputs()
+  with torch.no_grad():
+    want = hf(
+        input_ids=torch.tensor(tokens).long(), attention_mask=torch.tensor(mask).long(),
+        token_type_ids=torch.tensor(types).long(),
+    ).prediction_logits
+  got = apply_fn(model.config, model.params, tokens, valid_bt=mask, types_bt=types)
+  close(got.logits_btv, want, mask)
+
+
+def test_padding_does_not_matter_and_order_does():
+  config = EncoderConfig(
+      vocab_size=83, d_model=32, d_head=8, d_ff=48, num_heads=4, num_kv_heads=4, num_layers=2,
+      max_positions=40, initializer_std=0.3, head='labels', labels=3,
+  )
+  model = Model.init(config, jax.random.key(0))
+  tokens, mask, _ = inputs()
+  got = model.apply(tokens, valid_bt=mask).logits_btv
+  other = np.where(mask, tokens, 7)
+  np.testing.assert_allclose(
+      np.asarray(model.apply(other, valid_bt=mask).logits_btv)[mask], np.asarray(got)[mask],
+      atol=1e-5,
+  )
+  alone = model.apply(tokens[:1, :12]).logits_btv
+  np.testing.assert_allclose(alone[0, 0], got[0, 0], atol=1e-5)
+  # A token behind is seen.
+  changed = tokens.copy()
+  changed[1, -1] = changed[1, -1] % 80 + 1
+  assert np.abs(np.asarray(model.apply(changed).logits_btv - got)[1, 0]).max() > 1e-4
+
+
+def test_bad_configs(tmp_path):
+  hf = build('none')
+  hf.save_pretrained(tmp_path)
+  file = tmp_path / 'config.json'
+  values = json.loads(file.read_text())
+  file.write_text(json.dumps({**values, 'position_embedding_type': 'relative_key'}))
+  with pytest.raises(UserError, match='relative_key'):
+    convert.from_hf(tmp_path)
+  good = EncoderConfig(
+      vocab_size=83, d_model=32, d_head=8, d_ff=48, num_heads=4, num_kv_heads=4, num_layers=2
+  )
+  for changes, words in (
+      ({'head': 'mlms'}, "did you mean 'mlm'"), ({'labels': 3}, 'model.labels = 3'),
+      ({'head': 'labels'}, 'model.labels = 0'), ({'mask_id': 83}, 'model.mask_id'),
+  ):
+    with pytest.raises(UserError, match=words):
+      dataclasses.replace(good, **changes)
