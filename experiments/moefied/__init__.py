@@ -1,0 +1,1 @@
+"""What splitting a dense model costs: `python -m experiments.moefied`."""

@@ -129,6 +129,10 @@ def load(path: str | os.PathLike) -> Tokenizer:
         f'no tokenizer at {file}: put the one that came with the model there'
     )
   try:
-    return Tokenizer(tokenizers.Tokenizer.from_file(str(file)))
+    backend = tokenizers.Tokenizer.from_file(str(file))
   except Exception as error:  # the library raises a bare Exception
     raise errors.UserError(f'{file} is not a tokenizer: {error}') from error
+  # Rows are cut and padded here, to lengths of our own.
+  backend.no_padding()
+  backend.no_truncation()
+  return Tokenizer(backend)

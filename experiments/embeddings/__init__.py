@@ -1,0 +1,1 @@
+"""What splitting an encoder does to its embeddings: `python -m experiments.embeddings`."""
