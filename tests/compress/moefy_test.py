@@ -44,6 +44,10 @@ WAYS = {
     'opt': [dict(choice='euclid', fill=True), dict(split='random', choice='oracle')],
     'llama': [dict(split='shared', shared=1 / 3, choice='representatives')],
     'llama_biased': [dict(choice='random', fill=True, calibrate=True)],
+    'bert': [
+        dict(split='coactivation', choice='norm', rule='cumulative', epochs=2),
+        dict(choice='cosine', fill=True, calibrate=True),
+    ],
 }
 ALL = [(family, way) for family, ways in WAYS.items() for way in ways]
 
