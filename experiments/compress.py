@@ -22,7 +22,7 @@ from absl import flags
 from experiments import flags as common
 from moejax import account, errors, evaluate, files, presets, progress, store
 from moejax import report as report_lib
-from moejax.compress import base, driver, predict, profile, relufy, stats
+from moejax.compress import base, driver, predict, profile, relufy, shares, stats
 from moejax.data import text
 from moejax.data import tokenizer as tokenizer_lib
 from moejax.report import profile_png
@@ -141,13 +141,29 @@ def cut(
   }, indent=2))
 
 
+def allocate(
+    folder: pathlib.Path, how: shares.Shares, calibration: list[dict[str, Any]], sentinel: int
+) -> None:
+  """Writes the split model with a number of experts for each layer to --out."""
+  files.require_target(str(_OUT.value))
+  _, report = shares.search_shares(
+      folder, calibration, how, str(_OUT.value), sentinel=sentinel, progress=True
+  )
+  print(files.json_text({'out': _OUT.value, **report}, indent=2))
+
+
+# Settings that are no compression of weights, and what runs them.
+OTHERS: Any = {relufy.Relufy: cut, shares.Shares: allocate}
+
+
 def main() -> None:
   common.require('config', 'model')
   transform: Any = common.load_config(flags.FLAGS.config, flags.FLAGS.set)
-  if not isinstance(transform, base.Transform | base.Chain | profile.Look | relufy.Relufy):
+  known: Any = (base.Transform, base.Chain, profile.Look, *OTHERS)
+  if not isinstance(transform, known):
     raise errors.UserError(f'{flags.FLAGS.config} holds no compression; try configs/qmoe.py')
   if _DRY_RUN.value:
-    if isinstance(transform, profile.Look | relufy.Relufy):
+    if isinstance(transform, (profile.Look, *OTHERS)):
       raise errors.UserError('--dry_run is for what changes the size of a model')
     dry_run(transform)
     return
@@ -164,8 +180,8 @@ def main() -> None:
   if isinstance(transform, profile.Look):
     look(folder, transform, calibration, validation, tokenizer.first_sentinel)
     return
-  if isinstance(transform, relufy.Relufy):
-    cut(folder, transform, calibration, tokenizer.first_sentinel)
+  if type(transform) in OTHERS:
+    OTHERS[type(transform)](folder, transform, calibration, tokenizer.first_sentinel)
     return
   first = transform.steps[0] if isinstance(transform, base.Chain) else transform
   result = driver.compress(

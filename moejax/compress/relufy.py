@@ -12,10 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from moejax import store, tree
 from moejax.compress import samples, sizes_core, sources, walker
 from moejax.compress.align_core import hidden_units
 from moejax.config import Activation, CutsConfig, ModelConfig
@@ -88,23 +86,10 @@ def relufy(
     before = config.cuts or CutsConfig()
     cuts: Any = {field: tuple(found.values())}
     config = dataclasses.replace(config, cuts=dataclasses.replace(before, **cuts))
-  leaves = ((path, source.read(path)) for path in source.paths())
-  if out_folder is None:
-    flat = {path: jax.tree.map(jnp.asarray, leaf) for path, leaf in leaves}
-    return Model(config, tree.unflatten(flat))
-  folder = getattr(source, 'folder', None)
-  provenance: dict[str, Any] = {
-      'source': 'memory' if isinstance(model, Model) else str(model),
-      'compression': [{'transform': 'relufy', **dataclasses.asdict(how)}],
-  }
-  if folder is not None:
-    earlier = source.manifest.get('provenance') or {}  # type: ignore[union-attr]
-    provenance |= {name: earlier[name] for name in ('trained',) if name in earlier}
-  store.save_folder(
-      out_folder, config, leaves, provenance=provenance, tokenizer_from=folder,
-      expected_paths=source.paths(),
+  return sources.reconfigured(
+      source, config, out_folder, {'transform': 'relufy', **dataclasses.asdict(how)},
+      origin='memory' if isinstance(model, Model) else str(model),
   )
-  return None
 
 
 def thresholds(
@@ -123,20 +108,10 @@ def thresholds(
         f'{model.config.family} has experts: {how.kind} measures the FFNs of dense models'
     )
   observer = _Observer(reconfigured(model.config, how), KINDS[how.kind][1])
-  viewed = sources.as_one_expert(_Changed(model, observer.config))
+  viewed = sources.as_one_expert(sources.Changed(model, observer.config))
   data = samples.collect(model.config, list(batches), (), sentinel=sentinel)
   walker.Walk(viewed, data, observer=observer, progress=progress).run()
   return {path: sizes_core.cut(c, how.sparsity) for path, c in observer.counts.items()}
-
-
-class _Changed:
-  """A source whose config is another."""
-
-  def __init__(self, source: Any, config: ModelConfig):
-    self._source, self.config = source, config
-
-  def __getattr__(self, name: str) -> Any:
-    return getattr(self._source, name)
 
 
 class _Observer:

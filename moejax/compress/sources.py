@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from moejax import store, tree
@@ -59,6 +60,41 @@ class FolderSource(store.Source):
     return hashlib.sha256(repr(sorted(
         (name, entry['sha256']) for name, entry in self.manifest['files'].items()
     )).encode()).hexdigest()
+
+
+class Changed:
+  """A source whose config is another, its weights as they are."""
+
+  def __init__(self, source: Any, config: ModelConfig):
+    self._source, self.config = source, config
+
+  def __getattr__(self, name: str) -> Any:
+    return getattr(self._source, name)
+
+
+def reconfigured(
+    source: Any, config: ModelConfig, out_folder: str | Path | None, done: Mapping[str, Any], *,
+    origin: str,
+) -> Model | None:
+  """The model of a source with another config: in memory, or in a folder that says what was done.
+
+  Args:
+    done: JSON values, what changed the config. origin: the folder it comes from, or 'memory'.
+  """
+  leaves = ((path, source.read(path)) for path in source.paths())
+  if out_folder is None:
+    flat = {path: jax.tree.map(jnp.asarray, leaf) for path, leaf in leaves}
+    return Model(config, tree.unflatten(flat))
+  provenance: dict[str, Any] = {'source': origin, 'compression': [dict(done)]}
+  folder = getattr(source, 'folder', None)
+  if folder is not None:
+    earlier = source.manifest.get('provenance') or {}
+    provenance |= {name: earlier[name] for name in ('trained',) if name in earlier}
+  store.save_folder(
+      out_folder, config, leaves, provenance=provenance, tokenizer_from=folder,
+      expected_paths=source.paths(),
+  )
+  return None
 
 
 class OneExpert:
