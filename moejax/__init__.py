@@ -50,6 +50,7 @@ _PUBLIC = {
     'relufy': 'moejax.compress.relufy',
     'upcycle': 'moejax.compress.upcycle',
     'profile': 'moejax.compress.profile',
+    'ensemble': 'moejax.evaluate.ensemble',
     'adaptive_resolution': 'moejax.evaluate.adaptive',
     'chain': 'moejax.compress.base',
     'gptq': 'moejax.compress.gptq_core',

@@ -41,7 +41,9 @@ def dropless(config: ModelConfig) -> Any:
   """The model without capacity: compression looks at every choice."""
   if config.moe is None:
     return config
-  moe: Any = dataclasses.replace(config.moe, expert_capacity=None, capacity_factor=None)
+  moe: Any = dataclasses.replace(
+      config.moe, expert_capacity=None, capacity_factor=None, members=1
+  )
   return dataclasses.replace(config, moe=moe)
 
 

@@ -69,6 +69,7 @@ class MoeConfig(Checked):
     by the summed probabilities of all that lead to it.
   selection: how router 'selection' chooses among the experts of a layer that was dense; each is as
     wide as the layer was, over their number.
+  members: rows of a batch take turns among so many equal sets of experts, see `nn.members`.
   skip: of each sparse layer, or one for all: a token's second expert is left out where its gate is
     below this share of the first's, which takes over its gate (NAEE, arXiv 2402.14800, 3.3).
   """
@@ -77,6 +78,7 @@ class MoeConfig(Checked):
   least: ClassVar[Mapping[str, float]] = {
       'num_experts': 1, 'top_k': 1, 'd_ff': 1, 'expert_capacity': 1, 'router_z_loss_coef': 0,
       'router_aux_loss_coef': 0, 'jitter_eps': 0, 'balance_groups': 0, 'exchange_factor': 0,
+      'members': 1,
   }
   num_experts: int
   top_k: int = 1
@@ -103,6 +105,7 @@ class MoeConfig(Checked):
   merged: bool = False
   sum_groups: bool = False
   skip: tuple[float, ...] = ()
+  members: int = 1
   selection: SelectionConfig | None = None
 
   def __post_init__(self):
@@ -170,6 +173,19 @@ class MoeConfig(Checked):
     for name in ('router_jitter_noise', 'input_jitter_noise', 'expert_dropout_rate'):
       value = getattr(self, name)
       require(0.0 <= value < 1.0, f'moe.{name}', value, 'in [0, 1)')
+    require(
+        self.members == 1 or self.router in ('topk', 'switch'), 'moe.members', self.members,
+        f"for routers 'topk' and 'switch', which take the most probable, not {self.router!r}",
+    )
+    require(
+        self.num_experts % self.members == 0 and self.top_k <= self.num_experts // self.members,
+        'moe.members', self.members,
+        f'must divide moe.num_experts = {self.num_experts} and leave moe.top_k = {self.top_k} each',
+    )
+    require(
+        self.members == 1 or not (self.layer_experts or self.merged), 'moe.members', self.members,
+        'layers that hold other numbers of experts have no such sets',
+    )
     require(0.0 < self.threshold <= 1.0, 'moe.threshold', self.threshold, 'in (0, 1]')
     require(
         self.expert_capacity is None or self.capacity_factor is None,

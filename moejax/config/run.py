@@ -122,7 +122,8 @@ class TrainConfig(Checked):
   compiles once for all of them; a decoder's mesh with a pipeline needs it, and splits each batch
   into `pipeline_microbatches` (0: as many as stages). A step whose numbers are not finite, or whose
   loss is over the median of the last steps by `spike_nats` (0: any loss will do), ends the run
-  before a checkpoint holds it; `on_spike` 'skip' leaves the step out instead.
+  before a checkpoint holds it; `on_spike` 'skip' leaves the step out instead. `members` over 1
+  trains an ensemble of experts (`nn.members`): each row is learned by every member.
   """
 
   section: ClassVar[str] = 'train.'
@@ -130,7 +131,7 @@ class TrainConfig(Checked):
       'steps': 1, 'batch_size': 1, 'accumulate': 1, 'seed': 0, 'log_every': 0, 'eval_every': 0,
       'eval_batches': 0, 'checkpoint_every': 0, 'keep_checkpoints': 1, 'max_seconds': 0,
       'peak_flops_per_second': 0, 'pipeline_microbatches': 0,
-      'spike_nats': 0,
+      'spike_nats': 0, 'members': 1,
   }
   steps: int = 1000
   batch_size: int = 32
@@ -148,6 +149,7 @@ class TrainConfig(Checked):
   pipeline_microbatches: int = 0
   on_spike: str = 'stop'
   spike_nats: float = 2.0
+  members: int = 1
   aligned_start: bool = False
   save_dtype: str = 'float32'
   peak_flops_per_second: float = 0.0

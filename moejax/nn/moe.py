@@ -13,7 +13,7 @@ from moejax.config import ModelConfig
 from moejax.nn.layers import ffn_params, norm_after, norm_before, norm_params, normal, weight
 from moejax.nn.selection import SelectionRouter
 from moejax.ops import ffn, moe, selected
-from moejax.routing import remap, router
+from moejax.routing import members, remap, router
 from moejax.routing.draws import Draws
 from moejax.routing.types import Routing
 
@@ -46,6 +46,8 @@ class Router(nn.Module):
       m = dataclasses.replace(
           m, num_experts=m.held, layer_experts=(), merged=False, sum_groups=False
       )
+    if m.members > 1:
+      logits_bte = members.own_experts(logits_bte, m.members)
     return router.route(
         m, logits_bte, key=self.make_rng('router') if self.train else None,
         valid_bt=valid_bt if m.router_ignore_padding_tokens else None, tokens_bt=tokens_bt,

@@ -18,7 +18,7 @@ import optax
 from moejax import config as config_lib
 from moejax import errors, files, model, sharding, tree
 from moejax.data import batches as batches_lib
-from moejax.nn import aligned
+from moejax.nn import aligned, members
 from moejax.train import checkpoint, inputs, low_rank, optim, spikes, throughput, writers
 from moejax.train import state as state_lib
 from moejax.train import step as step_lib
@@ -147,6 +147,8 @@ def check(experiment: config_lib.Experiment) -> None:
   for name, allowed in known.items():
     if getattr(train, name) not in allowed:
       raise errors.UserError(f'train.{name} = {getattr(train, name)!r}: one of {allowed}')
+  if train.members > 1:
+    members.with_members(experiment.model, train.members)
   head = getattr(experiment.model, 'head', '')
   if head == 'labels':
     raise errors.UserError(

@@ -1,6 +1,7 @@
 """The training step and the evaluation step as pure functions of (state, batch)."""
 
 from collections.abc import Callable, Mapping
+import dataclasses
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import optax
 
 from moejax import config as config_lib
 from moejax import errors, model, sharding, tree
-from moejax.nn import blocks
+from moejax.nn import blocks, members
 from moejax.routing import estimators
 from moejax.routing import losses as losses_lib
 from moejax.routing import metrics as metrics_lib
@@ -136,6 +137,11 @@ def loss_fn(
     teacher: whose logits the student is held to, as `experiment.distill` says.
     step: of the run, for the weight of `experiment.activity`.
   """
+  if (count := experiment.train.members) > 1:
+    experiment = dataclasses.replace(
+        experiment, model=members.with_members(experiment.model, count)
+    )
+    batch, total_weight = members.tile(batch, count), total_weight * count
   plain = teacher is not None and experiment.distill.deterministic
   output = forward(
       experiment, params, batch, key=None if plain else key, mesh=mesh,
