@@ -56,6 +56,7 @@ evidence: $(VENV)/.installed-test
 	  --set 'data.train_files=["runs/embeddings/bbc/train","runs/embeddings/r8/train"]' \
 	  --set data.sequence_length=64 --set train.eval_every=0 --workdir runs/embeddings/relu
 	$(BIN)/python -m experiments.embeddings
+	$(BIN)/python -m experiments.adaptive
 	$(BIN)/python -m experiments.study.texts
 	$(BIN)/python -m experiments.study
 

@@ -46,7 +46,7 @@ def arrays(config) -> dict[str, np.ndarray]:
   inputs = rng.normal(size=(4, 64, 16)).astype(np.float32)
   x, y, z = tokens(24), tokens(9), tokens(9)
   return {
-      'x': x, 'y': y, 'z': z, 'w': np.ones((4, 9), np.float32), 'encoder_tokens': x,
+      'x': x, 'y': y, 'z': z, 'w': np.ones((4, 9), np.float32), 'encoder_tokens': x, 'tokens': x,
       'decoder_tokens': y, 'w_edf': rng.normal(size=(4, 16, 24)).astype(np.float32),
       'h_edd': np.einsum('emd,emc->edc', inputs, inputs),
   }
@@ -59,7 +59,7 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
   )
   monkeypatch.chdir(tmp_path)
   moejax.to_hf(moejax.Model.init(config, jax.random.key(0)), 'google-switch-base-8')
-  (code,) = blocks('python')
+  code, of_dense = blocks('python')
   assert len([line for line in code.splitlines() if line and not line.startswith('#')]) <= 16
   names = arrays(config)
   exec(compile(code, 'README.md', 'exec'), names)
@@ -69,6 +69,14 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
   assert names['symbols'].shape == (4, 16, 24)
   assert (tmp_path / 'switch-base-8-ternary' / 'manifest.json').is_file()
   assert moejax.from_hf('for-transformers').config == names['small'].config
+  bert = moejax.EncoderConfig(
+      vocab_size=256, d_model=16, d_head=8, d_ff=320, num_heads=2, num_kv_heads=2, num_layers=2,
+      head='none', pooler=True,
+  )
+  moejax.to_hf(moejax.Model.init(bert, jax.random.key(0)), 'minilm')
+  exec(compile(of_dense, 'README.md', 'exec'), names)
+  split = names['split'].config
+  assert split.moe.selection.choices == (2,) and len(split.cuts.hidden_cut) == 2
 
 
 @pytest.mark.parametrize('command', commands(), ids=lambda c: c.split()[2])
