@@ -1,9 +1,10 @@
-"""A merged or pruned model trained for a while, held to the model it was made from.
+"""A merged, pruned or split model trained for a while, held to the model it was made from.
 
   python -m experiments.train --config configs/recover.py:full@STUDENT --workdir runs/recovered
 
-STUDENT is the folder of the merged or pruned model, its weights not quantized. Its texts and its
-teacher come from its manifest: what it was trained on, and the folder it was made from.
+STUDENT is the folder of the model to train, its weights not quantized; the routers of a split one,
+whose choices pass no gradient, stay as they are. Its texts and its teacher come from its manifest:
+what it was trained on, and the folder it was made from.
 Others: --set distill.teacher=DIR, --set 'data.train_files=["FILE"]'. Variants, before the @:
   full       all weights; cross-entropy and KL a token, weight 1, temperature 2
   router     only the routers, KL alone at temperature 1 (Router-KD, arXiv 2603.02217)
@@ -11,6 +12,10 @@ Others: --set distill.teacher=DIR, --set 'data.train_files=["FILE"]'. Variants, 
   task       all weights, no teacher
   lora       routers, and a low rank of 8 beside every expert matrix (arXiv 2106.09685), folded in
              at the end; cross-entropy and KL as in full
+  outputs    only the experts' output matrices, as MoEfication has it (arXiv 2110.01786)
+  moebert    all weights; cross-entropy, symmetric KL and the difference of all hidden states, as
+             MoEBERT (arXiv 2204.07675), whose weight of both is --set distill.weight=... and
+             --set distill.hidden_weight=..., 1 to 5 there
   losparse   MC-SMoE's second half: as published, with experts as a low rank of 32 and a tenth of
              the outputs of the rest (arXiv 2306.11222); the model that is left is that small
 
@@ -26,9 +31,10 @@ from typing import Any
 from moejax import config, evaluate, files, store
 from moejax.errors import UserError, did_you_mean
 
-VARIANTS = ('full', 'router', 'published', 'task', 'lora', 'losparse')
+VARIANTS = ('full', 'router', 'published', 'task', 'lora', 'outputs', 'moebert', 'losparse')
 ROUTERS = r'.*/router/.*'
 EXPERTS = r'.*/experts/(wi|gate|wo)'
+OUTPUTS = r'.*/experts/wo'
 
 
 def get_config(variant: str = '') -> config.Experiment:
@@ -42,6 +48,12 @@ def get_config(variant: str = '') -> config.Experiment:
   if source.config.moe is None:
     raise UserError(f'{folder} has no experts')
   moe: Any = source.config.moe
+  split = moe.selection is not None
+  if split and kind == 'router':
+    raise UserError(
+        f'{folder} was split from a dense model: its routers choose without gates and learn '
+        'nothing here; moefy fits them'
+    )
   low_rank = config.LowRankConfig()
   optim = config.OptimConfig(
       learning_rate=1e-3 if kind in ('router', 'lora') else 1e-4, warmup_steps=16,
@@ -64,6 +76,16 @@ def get_config(variant: str = '') -> config.Experiment:
     low_rank = config.LowRankConfig(matrices=EXPERTS, rank=8, start='zeros', alpha=16.0)
   elif kind == 'task':
     distill = config.DistillConfig()
+  elif kind == 'outputs':
+    rules = ((OUTPUTS, 1.0), ('.*', 0.0))
+    optim = dataclasses.replace(optim, learning_rate_rules=rules)
+  elif kind == 'moebert':
+    distill = dataclasses.replace(
+        distill, temperature=1.0, symmetric=True, hidden_weight=1.0, hidden_form='layers'
+    )
+  if split:
+    rules = tuple(rule for rule in optim.learning_rate_rules if rule[0] != ROUTERS)
+    optim = dataclasses.replace(optim, learning_rate_rules=((ROUTERS, 0.0), *rules))
   if kind == 'losparse':
     low_rank = config.LowRankConfig(
         matrices=EXPERTS, kept=0.1, warmup_steps=8, settle_steps=32

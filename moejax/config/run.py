@@ -160,10 +160,11 @@ class DistillConfig(Checked):
   """Learning from a teacher: task_weight * cross-entropy + weight * `train.distill.logit_loss`.
 
   hidden_weight: of `train.distill.hidden_loss` beside these, over all layers of each stack, in
-  hidden_form, 'mse' or 'cosine'; MC-SMoE's code has 0.01 and its recipes 0. Padding counts in it.
-  teacher: its model folder; empty for none. temperature, reduction: see there; MC-SMoE (arXiv
-  2310.01334) has weight 0.2, temperature 2, reduction 'published'. deterministic: the student
-  learns without dropout, noise and sampling, as published; the teacher never has any.
+  hidden_form, 'mse', 'cosine' or 'layers'; MC-SMoE's code has 0.01 and its recipes 0. Padding
+  counts in it.
+  teacher: its model folder; empty for none. temperature, reduction, symmetric: see there; MC-SMoE
+  (arXiv 2310.01334) has weight 0.2, temperature 2, reduction 'published'. deterministic: the
+  student learns without dropout, noise and sampling, as published; the teacher never has any.
   """
 
   section: ClassVar[str] = 'distill.'
@@ -173,6 +174,7 @@ class DistillConfig(Checked):
   task_weight: float = 1.0
   temperature: float = 2.0
   reduction: str = 'token'
+  symmetric: bool = False
   hidden_weight: float = 0.0
   hidden_form: str = 'mse'
   deterministic: bool = True
@@ -181,7 +183,7 @@ class DistillConfig(Checked):
     super().__post_init__()
     require(self.temperature > 0, 'distill.temperature', self.temperature, 'above 0')
     require_known(self.reduction, 'distill.reduction', ('token', 'published'))
-    require_known(self.hidden_form, 'distill.hidden_form', ('mse', 'cosine'))
+    require_known(self.hidden_form, 'distill.hidden_form', ('mse', 'cosine', 'layers'))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

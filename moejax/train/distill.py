@@ -1,6 +1,7 @@
 """Distillation from a teacher: losses on logits and hidden states (MC-SMoE, 2310.01334, 3.1)."""
 
 from collections.abc import Sequence
+import math
 
 import jax
 import jax.numpy as jnp
@@ -8,12 +9,12 @@ import jax.numpy as jnp
 from moejax.errors import UserError, did_you_mean
 
 REDUCTIONS = ('token', 'published')
-FORMS = ('mse', 'cosine')
+FORMS = ('mse', 'cosine', 'layers')
 
 
 def logit_loss(
     student_btv: jax.Array, teacher_btv: jax.Array, weights_bt: jax.Array | None = None, *,
-    temperature: float = 2.0, reduction: str = 'token',
+    temperature: float = 2.0, reduction: str = 'token', symmetric: bool = False,
 ) -> jax.Array:
   """KL(softmax(teacher / T) | softmax(student / T)), a float32 scalar in nats.
 
@@ -22,6 +23,7 @@ def logit_loss(
     reduction: 'token', a weighted mean over positions times T^2, so that neither the length of a
       text nor T changes how much the loss counts; 'published', the sum over all positions, padding
       too, over the batch size and without T^2, so that it grows with the length.
+    symmetric: the mean of KL in both directions (MoEBERT, arXiv 2204.07675).
 
   Raises:
     UserError: an unknown reduction, or a temperature that is not positive.
@@ -36,7 +38,10 @@ def logit_loss(
       jax.nn.log_softmax(a.astype(jnp.float32) / temperature, axis=-1)
       for a in (student_btv, teacher_btv)
   )
-  kl_bt = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
+  apart = teacher - student
+  kl_bt = jnp.sum(jnp.exp(teacher) * apart, axis=-1)
+  if symmetric:
+    kl_bt = (kl_bt - jnp.sum(jnp.exp(student) * apart, axis=-1)) / 2
   if reduction == 'published':
     return kl_bt.sum() / kl_bt.shape[0]
   weights = jnp.ones_like(kl_bt) if weights_bt is None else weights_bt.astype(jnp.float32)
@@ -51,7 +56,8 @@ def hidden_loss(
   Args:
     student, teacher: a stack's states [..., t, d] each; layers may be stacked in front.
     form: 'mse', the natural logarithm of the mean squared difference, a mean over stacks inside of
-      it; 'cosine', (1 - cos) / 2, a mean over stacks.
+      it; 'cosine', (1 - cos) / 2, a mean over stacks; 'layers', the mean squared difference of
+      each layer, added up over all layers of all stacks (MoEBERT, arXiv 2204.07675).
 
   Raises:
     UserError: an unknown form, or stacks that do not match.
@@ -63,6 +69,11 @@ def hidden_loss(
         f'hidden states {[s.shape for s in student]} of the student do not match '
         f'{[t.shape for t in teacher]} of the teacher'
     )
+  if form == 'layers':
+    return sum((
+        jnp.mean(jnp.square(s.astype(jnp.float32) - t.astype(jnp.float32)).reshape(-1, n), -1).sum()
+        for s, t in zip(student, teacher) for n in [math.prod(s.shape[-3:])]
+    ), jnp.float32(0))
   distance = _mse if form == 'mse' else _cosine
   mean = jnp.mean(jnp.stack([
       distance(s.astype(jnp.float32), t.astype(jnp.float32)) for s, t in zip(student, teacher)

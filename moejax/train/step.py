@@ -197,7 +197,7 @@ def distillation(
   how, apart = experiment.distill, None
   kl = jnp.float32(0) if not output.logits_btv.shape[-1] else distill.logit_loss(
       output.logits_btv, theirs.logits_btv, batch['weights'], temperature=how.temperature,
-      reduction=how.reduction,
+      reduction=how.reduction, symmetric=how.symmetric,
   )
   if output.states is not None and theirs.states is not None:
     ours = list(output.states.values())

@@ -56,6 +56,21 @@ def test_by_token_neither_length_nor_padding_nor_a_small_temperature_step_counts
   assert 0.5 < float(size(4.0) / size(8.0)) < 2
 
 
+def test_moeberts_losses_are_those_of_its_formulas():
+  student, teacher = (np.asarray(DATA[f'{who}_logits'], np.float64)
+                      for who in ('student', 'teacher'))
+  softmax = lambda a: np.exp(a) / np.exp(a).sum(-1, keepdims=True)
+  p, q = softmax(student), softmax(teacher)
+  want = 0.5 * ((p - q) * (np.log(p) - np.log(q))).sum(-1).mean()
+  got = distill.logit_loss(student, teacher, temperature=1.0, symmetric=True)
+  np.testing.assert_allclose(got, want, rtol=1e-5)
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  ours, theirs = ([draw(3, 2, 5, 4), draw(2, 2, 7, 4)] for _ in range(2))
+  want = sum(float(((a - b) ** 2).mean()) for s, t in zip(ours, theirs) for a, b in zip(s, t))
+  np.testing.assert_allclose(distill.hidden_loss(ours, theirs, 'layers'), want, rtol=1e-5)
+
+
 def test_the_teacher_itself_has_no_loss():
   teacher = jnp.asarray(DATA['teacher_logits'])
   value, grad = jax.value_and_grad(distill.logit_loss)(teacher, teacher)

@@ -204,6 +204,46 @@ def test_from_a_folder_through_the_command(tmp_path, monkeypatch):
   assert files[0] == files[1]
 
 
+def test_a_split_model_from_a_folder(tmp_path, monkeypatch):
+  """Train a dense model, split it, fine-tune: what each recipe leaves alone stays as it was."""
+  monkeypatch.chdir(ROOT)
+  rng = np.random.default_rng(0)
+  words = ['union', 'state', 'the', 'of', 'people', 'year', 'congress', 'and', 'great', 'law']
+  (tmp_path / 'text.txt').write_text(' '.join(rng.choice(words, 600)))
+  (tmp_path / 'tiny.py').write_text(CONFIG.format(train=str(tmp_path / 'text.txt')))
+  dense = ['model.family=t5', 'model.moe=null']
+  loop.run(flags.load_config(str(tmp_path / 'tiny.py'), dense), tmp_path / 'first', hooks=[])
+  whole = tmp_path / 'first' / 'model'
+  sample = {
+      'encoder_tokens': rng.integers(3, 300, (4, 16)), 'weights': np.ones((4, 8), np.float32),
+      'decoder_tokens': rng.integers(3, 300, (4, 8)), 'targets': rng.integers(3, 300, (4, 8)),
+  }
+  compress(whole, moejax.moefy(4, share=0.5, choice='cosine'), [sample], tmp_path / 'split')
+  settings = ['train.steps=4', 'optim.warmup_steps=1', 'train.batch_size=8', 'mesh.data=1',
+              'train.checkpoint_every=0', 'train.peak_flops_per_second=1e9', 'train.eval_every=0',
+              'low_rank.rank=2']
+  moved = {
+      'outputs': lambda p: p.endswith('/experts/wo'), 'lora': lambda p: '/experts/' in p,
+      'moebert': lambda p: '/router/' not in p,
+  }
+  before = tree.flatten(Model.load(tmp_path / 'split').params)
+  for kind, moves in moved.items():
+    experiment = flags.load_config(f'configs/recover.py:{kind}@{tmp_path / "split"}', settings)
+    assert experiment.distill.teacher == str(whole)
+    records = []
+    result = loop.run(experiment, tmp_path / kind, hooks=[records.append])
+    rows = [r.metrics for r in records if r.kind == 'train']
+    assert all(np.isfinite(m['distillation']) and m['distillation'] > 0 for m in rows)
+    assert all(('hidden' in m) == (kind == 'moebert') for m in rows)
+    after = tree.flatten(Model.load(result['model']).params)
+    assert after.keys() == before.keys()
+    for path, leaf in after.items():
+      same = np.array_equal(np.asarray(leaf), np.asarray(before[path]))
+      assert same == (not moves(path)), (kind, path)
+  with pytest.raises(errors.UserError, match='choose without gates'):
+    flags.load_config(f'configs/recover.py:router@{tmp_path / "split"}', [])
+
+
 @pytest.mark.parametrize('variant, message', (
     ('', 'say VARIANT@FOLDER'), ('fulll@runs', "did you mean 'full'"),
     ('full@nowhere', 'nowhere'),
