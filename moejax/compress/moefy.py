@@ -214,9 +214,9 @@ class Moefy(base.Transform):
     leaves |= {f'shared/{name}': w.astype(dtypes[name]) for name, w in beside.items()}
     kept, fill = fitted.chosen_me, problem.fill() if self.fill else None
     if self.calibrate:
-      own['wo'] = routers.ridge_wo(problem, kept, self.ridge, fill)
+      own = {**own, 'wo': routers.ridge_wo(problem, kept, self.ridge, fill)}
     if fill is not None:
-      own['wo_bias'] = -fill
+      own = {**own, 'wo_bias': -fill}
     if self.fill or getattr(config, 'ffn_bias', False):
       held = f'{path}/wo_bias'
       bias = np.zeros(config.d_model, np.float32) if held not in source.paths() else (

@@ -134,6 +134,19 @@ def test_split_layers_are_neither_split_again_nor_written_for_others(tmp_path):
   assert '\n' not in str(error.value) and not (tmp_path / 'hf').exists()
 
 
+@pytest.mark.parametrize('family', ('opt', 'bert'))
+def test_fitting_lessens_the_error_that_is_told(family):
+  """On the tokens it is fitted on it must: least squares from where it was."""
+  errors = []
+  for calibrate in (False, True):
+    step = moefy(
+        6, share=0.34, choice='cosine', calibrate=calibrate, ridge=1e-6, layers='.*/layers_0/ffn'
+    )
+    (row,) = compress(small.model(family), step, small.batches(family, 4)).report['layers']
+    errors.append(row['relative_output_error'])
+  assert 0 < errors[1] < 0.9 * errors[0]
+
+
 @pytest.mark.parametrize('axes', ((1, 2, 1), (1, 1, 2), (2, 2, 1)))
 def test_a_split_model_is_the_same_on_a_mesh(axes):
   model, batches = small.model('opt'), small.batches('opt', 4)
