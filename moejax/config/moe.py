@@ -173,6 +173,18 @@ class MoeConfig(Checked):
     for name in ('router_jitter_noise', 'input_jitter_noise', 'expert_dropout_rate'):
       value = getattr(self, name)
       require(0.0 <= value < 1.0, f'moe.{name}', value, 'in [0, 1)')
+    self._check_members()
+    require(0.0 < self.threshold <= 1.0, 'moe.threshold', self.threshold, 'in (0, 1]')
+    require(
+        self.expert_capacity is None or self.capacity_factor is None,
+        'moe.capacity_factor', self.capacity_factor, 'give it or moe.expert_capacity, not both',
+    )
+    require(
+        self.capacity_factor is None or self.capacity_factor > 0,
+        'moe.capacity_factor', self.capacity_factor, 'above 0',
+    )
+
+  def _check_members(self) -> None:
     require(
         self.members == 1 or self.router in ('topk', 'switch'), 'moe.members', self.members,
         f"for routers 'topk' and 'switch', which take the most probable, not {self.router!r}",
@@ -185,15 +197,6 @@ class MoeConfig(Checked):
     require(
         self.members == 1 or not (self.layer_experts or self.merged), 'moe.members', self.members,
         'layers that hold other numbers of experts have no such sets',
-    )
-    require(0.0 < self.threshold <= 1.0, 'moe.threshold', self.threshold, 'in (0, 1]')
-    require(
-        self.expert_capacity is None or self.capacity_factor is None,
-        'moe.capacity_factor', self.capacity_factor, 'give it or moe.expert_capacity, not both',
-    )
-    require(
-        self.capacity_factor is None or self.capacity_factor > 0,
-        'moe.capacity_factor', self.capacity_factor, 'above 0',
     )
 
   @property
