@@ -104,6 +104,14 @@ def get_config(variant: str = '') -> config.Experiment:
 def _teacher(source: store.Source) -> str:
   """The folder that the model was made from, or the teacher it had, if it is still there."""
   provenance = source.manifest.get('provenance') or {}
+  for _ in range(16):  # What a split model was made from, not one that was split already.
+    place = str(provenance.get('source', ''))
+    if not place or not (pathlib.Path(place) / store.MANIFEST).is_file():
+      break
+    before = store.Source(place)
+    if before.config.moe is None or before.config.moe.selection is None:
+      break
+    provenance = before.manifest.get('provenance') or {}
   trained = provenance.get('trained', {}).get('experiment', {})
   made_from = str(provenance.get('source', '') or trained.get('distill', {}).get('teacher', ''))
   return made_from if made_from and (pathlib.Path(made_from) / store.MANIFEST).is_file() else ''

@@ -20,7 +20,7 @@ import numpy as np
 
 from experiments import flags as common
 from moejax import convert, files, generate
-from moejax.config import DecoderConfig
+from moejax.config import StackConfig
 from moejax.data import layout
 from moejax.data import tokenizer as tokenizer_lib
 from moejax.errors import UserError
@@ -57,7 +57,7 @@ def prompt_ids(model: Model, tokenizer: tokenizer_lib.Tokenizer, prompt: str) ->
   """A prompt's tokens, with the special ones that the tokenizer adds and an encoder needs."""
   text = sys.stdin.read() if prompt == '-' else prompt
   ids = tokenizer.encode(text, special=True).tolist()
-  if not isinstance(model.config, DecoderConfig) and ids[-1:] != [model.config.eos_id]:
+  if not isinstance(model.config, StackConfig) and ids[-1:] != [model.config.eos_id]:
     ids.append(model.config.eos_id)
   if not ids:
     raise UserError('--prompt is empty: name some text')
@@ -75,7 +75,7 @@ def run(model: Model, tokenizer: tokenizer_lib.Tokenizer) -> None:
       ),
   )
   # Sentinels tell which gap an answer fills.
-  skip = isinstance(model.config, DecoderConfig)
+  skip = isinstance(model.config, StackConfig)
   decode = lambda ids: tokenizer.decode([i for i in ids if i not in stops], skip_special=skip)
   start = time.monotonic()
   if len(prompts) == 1 and not _JSON.value:

@@ -24,9 +24,9 @@ import tqdm
 from experiments import flags as common
 from experiments.bench import suites
 from experiments.embeddings import page, probe
+from experiments.moefied import runs
 from moejax import errors, files
 from moejax.compress import compress, relufy
-from moejax.compress.moefy import moefy
 from moejax.data import tokenizer as tokenizer_lib
 from moejax.data import whole_texts
 from moejax.model import Model
@@ -36,7 +36,7 @@ _REFERENCE = flags.DEFINE_string('reference', 'runs/embeddings/gelu', 'The one i
 _TEXTS = flags.DEFINE_string('texts', 'runs/embeddings', 'Where experiments.embeddings.fetch put.')
 _PAIRS = flags.DEFINE_list('pairs', list(page.PAIRS), 'split/choice of each.')
 _SHARES = flags.DEFINE_list('shares', ['0.1', '0.2', '0.3', '0.5'], 'Of the neurons that run.')
-_FORMS = flags.DEFINE_list('forms', ['plain', 'fitted'], 'Of plain, fitted.')
+_FORMS = flags.DEFINE_list('forms', ['plain', 'fitted'], 'Of plain, fitted, filled.')
 _SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'Of the split and the router.')
 _SIZE = flags.DEFINE_integer('expert_size', 32, 'Neurons of an expert.', lower_bound=1)
 _LENGTH = flags.DEFINE_integer('length', 64, 'Tokens of a text.', lower_bound=4)
@@ -87,6 +87,7 @@ class Measure:
 
 def main() -> None:
   folder, source = files.require_folder(_MODEL.value), files.require_folder(_REFERENCE.value)
+  runs.check(_PAIRS.value, _SHARES.value, _FORMS.value, _SEEDS.value)
   out = pathlib.Path(_OUT.value)
   about = {
       'model': str(folder), 'reference': str(source), 'expert_size': _SIZE.value,
@@ -129,10 +130,7 @@ def go_on(
       result['models'][name] = measure.before if name == 'original' else measure(made[name]())
       files.write_json(out, result)
   for split, choice, share, form, seed in tqdm.tqdm(left, disable=None):
-    step = moefy(
-        expert_size=_SIZE.value, split=split, choice=choice, share=float(share), seed=int(seed),
-        calibrate=form == 'fitted',
-    )
+    step = runs.step_of(split, choice, float(share), form, int(seed), _SIZE.value)
     done = compress(model, step, calibration)
     rows = done.report['layers']
     mean = lambda name: sum(row[name] for row in rows) / len(rows)

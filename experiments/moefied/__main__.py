@@ -23,10 +23,9 @@ from configs import sotu_switch16
 from experiments import flags as common
 from experiments.bench import suites
 from experiments.fewer import problems
-from experiments.moefied import page, pictures
+from experiments.moefied import page, pictures, runs
 from moejax import errors, files
-from moejax.compress import compress, routers, split_core
-from moejax.compress.moefy import moefy
+from moejax.compress import compress
 
 _MODEL = flags.DEFINE_string('model', 'runs/t5/model', 'Folder of the dense model to split.')
 _TRAIN = flags.DEFINE_multi_string(
@@ -48,39 +47,9 @@ _OUT = flags.DEFINE_string('out', 'experiments/evidence/moefied.json', 'Where th
 _PAGE = flags.DEFINE_string('page', 'experiments/RESULTS_MOEFIED.md', 'Where the page goes.')
 
 
-def check() -> None:
-  """Raises UserError for a pair, share or form that is not known."""
-  for pair in _PAIRS.value:
-    names = pair.split('/')
-    for name, known in zip(names, (split_core.SPLITS, tuple(routers.CHOICES))):
-      if len(names) != 2 or name not in known:
-        raise errors.UserError(
-            f'--pairs {pair}: split/choice, of {split_core.SPLITS} and {tuple(routers.CHOICES)}'
-            f'{errors.did_you_mean(name, known)}'
-        )
-  for form in _FORMS.value:
-    if form not in page.FORMS:
-      raise errors.UserError(f'--forms {form}: of {", ".join(page.FORMS)}')
-  for name, values, kind in (('shares', _SHARES.value, float), ('seeds', _SEEDS.value, int)):
-    for value in values:
-      try:
-        kind(value)
-      except ValueError as error:
-        raise errors.UserError(f'--{name} {value}: numbers') from error
-
-
-def step_of(split: str, choice: str, share: float, form: str, seed: int) -> Any:
-  """The transform of one run."""
-  return moefy(
-      expert_size=_SIZE.value, split=split, choice=choice, share=share, seed=seed,
-      calibrate=form == 'fitted', fill=form == 'filled',
-      shared=share / 2 if split == 'shared' else 0.0,
-  )
-
-
 def main() -> None:
   folder = files.require_folder(_MODEL.value)
-  check()
+  runs.check(_PAIRS.value, _SHARES.value, _FORMS.value, _SEEDS.value)
   out = pathlib.Path(_OUT.value)
   about = {
       'model': str(folder), 'expert_size': _SIZE.value, 'samples': _SAMPLES.value,
@@ -114,8 +83,9 @@ def go_on(
     number = int(seed)
     if number not in calibration:
       calibration = {number: problem.calibration(_SAMPLES.value, number)}
+    step = runs.step_of(split, choice, float(share), form, number, _SIZE.value)
     report = compress(
-        folder, step_of(split, choice, float(share), form, number), calibration[number],
+        folder, step, calibration[number],
         validation_batches=problem.validation, sentinel=problem.sentinel,
     ).report
     rows, before = report['layers'], report['before']

@@ -16,7 +16,7 @@ import numpy as np
 
 from moejax.compress import samples, sizes_core, sources, walker
 from moejax.compress.align_core import hidden_units
-from moejax.config import Activation, CutsConfig, ModelConfig
+from moejax.config import Activation, CutsConfig, EncoderConfig, ModelConfig
 from moejax.config.moe import require_known
 from moejax.errors import UserError
 from moejax.model import Model
@@ -47,14 +47,26 @@ class Relufy:
 
 
 def reconfigured(config: ModelConfig, how: Relufy) -> ModelConfig:
-  """The config with the kind's activation, nothing calibrated yet.
+  """The config with the kind's activation, nothing calibrated yet; cuts that there are stay.
+
+  A shift is of one activation and goes with it. 'fat' leaves both ReLUs of a 'drelu'.
 
   Raises:
     UserError: 'drelu' without a gate.
   """
-  name, _ = KINDS[how.kind]
-  cuts = CutsConfig(shift=(how.shift,)) if how.kind == 'shifted' else config.cuts
-  return dataclasses.replace(config, activation=name or config.activation, cuts=cuts)
+  name, field = KINDS[how.kind]
+  if field is not None and (name is None or config.activation == 'drelu'):
+    name = config.activation
+  cuts = config.cuts or CutsConfig()
+  if name != config.activation or how.kind in ('relu', 'shifted', 'drelu'):
+    cuts = dataclasses.replace(cuts, shift=(how.shift,))
+  head: Any = {}
+  if isinstance(config, EncoderConfig):
+    head['head_activation'] = config.words_activation
+  return dataclasses.replace(
+      config, activation=name or config.activation,
+      cuts=None if cuts == CutsConfig() else cuts, **head,
+  )
 
 
 def relufy(
@@ -98,7 +110,7 @@ def thresholds(
 ) -> dict[str, float]:
   """The cut of each FFN, by path, at which `sparsity` of its units are 0; of a source of leaves.
 
-  All are measured on the model with nothing cut, as published.
+  All are measured on the model with nothing cut, as published, also where it has cuts already.
 
   Raises:
     UserError: the model has experts, no batches, or activations that are not finite.
@@ -107,7 +119,10 @@ def thresholds(
     raise UserError(
         f'{model.config.family} has experts: {how.kind} measures the FFNs of dense models'
     )
-  observer = _Observer(reconfigured(model.config, how), KINDS[how.kind][1])
+  config = reconfigured(model.config, how)
+  if config.cuts is not None:
+    config = dataclasses.replace(config, cuts=CutsConfig(shift=config.cuts.shift))
+  observer = _Observer(config, KINDS[how.kind][1])
   viewed = sources.as_one_expert(sources.Changed(model, observer.config))
   data = samples.collect(model.config, list(batches), (), sentinel=sentinel)
   walker.Walk(viewed, data, observer=observer, progress=progress).run()

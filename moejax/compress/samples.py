@@ -159,7 +159,9 @@ def _documents(config: StackConfig, batch: Mapping[str, Any]) -> Iterator[Sample
   segments = arrays.get('segments', np.ones(tokens.shape, np.int32))
   targets = arrays.get('targets', np.roll(tokens, -1, 1) if config.causal else tokens)
   weights = arrays.get('weights')
-  if weights is None and not config.causal:
+  if weights is None and getattr(config, 'head', 'mlm') != 'mlm':
+    weights = np.zeros(tokens.shape, np.float32)  # The words read are no labels.
+  elif weights is None and not config.causal:
     weights = (segments > 0).astype(np.float32)
   elif weights is None:
     weights = (np.arange(tokens.shape[1]) < tokens.shape[1] - 1) * np.ones(tokens.shape, np.float32)

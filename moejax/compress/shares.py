@@ -75,6 +75,11 @@ def search_shares(
   experts = [n for n in fewer.experts_held(config).values() if n > 1]
   held = list(fewer.experts_held(config).values())
   budget = round(how.budget * sum(experts))
+  if not experts or budget < len(experts):
+    raise UserError(
+        f'budget = {how.budget} of {sum(experts)} experts in {len(experts)} split layers: each '
+        'runs at least one; raise it'
+    )
   batches = list(batches)
   data = samples.collect(config, batches, batches, sentinel=sentinel)
   measure = _Measure(source, data.tail(), held, how, out_folder)

@@ -129,6 +129,8 @@ def uniform(experts_l: Sequence[int], budget: int) -> np.ndarray:
   """The same share in every layer, int64 [l]; what rounding leaves over goes to the first ones."""
   experts = np.asarray(experts_l, np.int64)
   found = np.clip(experts * budget // int(experts.sum()), 1, experts)
+  while found.sum() > budget and found.max() > 1:
+    found[found.argmax()] -= 1
   for i in range(len(experts)):
     if found.sum() < budget and found[i] < experts[i]:
       found[i] += 1

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
+from moejax.config.activation import ACTIVATIONS
 from moejax.config.decoder import StackConfig
 from moejax.config.moe import require, require_known
 
@@ -16,6 +17,7 @@ class EncoderConfig(StackConfig):
   head: what logits are of: 'mlm', the masked words; 'labels', as many as there are of a text, told
     by its first token; 'none', no logits.
   token_types: kinds of tokens (sentence A and B), each with an embedding.
+  head_activation: of head 'mlm'; empty for that of the FFNs.
   pooler: head 'none' has BERT's pooler, tanh of a product of the first token; 'labels' always has.
   mask_id: the id that stands for masked words; None where nobody trains on them.
   """
@@ -27,6 +29,7 @@ class EncoderConfig(StackConfig):
   least = {**StackConfig.least, 'labels': 0, 'token_types': 1, 'mask_id': 0}
   family: str = 'bert'
   head: str = 'mlm'
+  head_activation: str = ''
   labels: int = 0
   token_types: int = 2
   pooler: bool = False
@@ -47,6 +50,7 @@ class EncoderConfig(StackConfig):
   def __post_init__(self):
     super().__post_init__()
     require_known(self.head, 'model.head', HEADS)
+    require_known(self.head_activation, 'model.head_activation', ('', *ACTIVATIONS))
     require(
         (self.head == 'labels') == (self.labels > 0), 'model.labels', self.labels,
         "their number, for head 'labels' alone",
@@ -59,6 +63,11 @@ class EncoderConfig(StackConfig):
     require(not self.position_offset, 'model.position_offset', self.position_offset, '0')
     require(self.moe is None or self.moe.router == 'selection', 'model.moe', self.moe,
             "must be null, or have router 'selection'")
+
+  @property
+  def words_activation(self) -> str:
+    """The activation of head 'mlm'."""
+    return self.head_activation or self.activation
 
   @property
   def pools(self) -> bool:

@@ -57,6 +57,7 @@ def write_config(config: EncoderConfig) -> dict[str, Any]:
       attention_bias=True, attention_out_bias=True, ffn_bias=True, head_bias=False,
       sliding_window=None, num_kv_heads=config.num_heads,
       d_head=config.d_model // config.num_heads, pooler=config.head == 'none',
+      words_activation=config.activation,
   )
   labels = {'id2label': {str(i): f'LABEL_{i}' for i in range(config.labels)}}
   return {
@@ -76,7 +77,16 @@ def _rule(
 ) -> Rule:
   """A rule for 'bert.<theirs>' or, in a bare model, '<theirs>'; either is read."""
   names = f'bert.{theirs}', theirs
-  return Rule(names[bare], ours, axes, layers, aliases=(names[not bare],), copies=copies)
+  return Rule(
+      names[bare], ours, axes, layers, copies=copies,
+      aliases=tuple(n for name in (names[bare], names[not bare]) for n in _older(name))[1:],
+  )
+
+
+def _older(name: str) -> tuple[str, ...]:
+  """A name, and what the first files called it."""
+  old = {'LayerNorm.weight': 'LayerNorm.gamma', 'LayerNorm.bias': 'LayerNorm.beta'}
+  return name, *(name.replace(new, own) for new, own in old.items() if name.endswith(new))
 
 
 def _pair(
@@ -121,8 +131,10 @@ def rules(config: EncoderConfig, files: Files | None = None) -> list[Rule]:
     rows += [
         Rule(f'{theirs}.transform.dense.weight', 'head/transform', 'a d -> d a'),
         Rule(f'{theirs}.transform.dense.bias', 'head/transform_bias', 'd -> d'),
-        Rule(f'{theirs}.transform.LayerNorm.weight', 'head/norm', 'd -> d'),
-        Rule(f'{theirs}.transform.LayerNorm.bias', 'head/norm_bias', 'd -> d'),
+        Rule(f'{theirs}.transform.LayerNorm.weight', 'head/norm', 'd -> d',
+             aliases=(f'{theirs}.transform.LayerNorm.gamma',)),
+        Rule(f'{theirs}.transform.LayerNorm.bias', 'head/norm_bias', 'd -> d',
+             aliases=(f'{theirs}.transform.LayerNorm.beta',)),
         Rule(f'{theirs}.bias', 'head/bias', 'v -> v', copies=(f'{theirs}.decoder.bias',)),
     ]
   return rows

@@ -169,7 +169,9 @@ def _whole(
         f'model.max_positions = {config.max_positions}; lower it'
     )
   return whole_texts.TextBatches(
-      texts=whole_texts.framed(documents, tokenizer, data.sequence_length, name),
+      texts=tuple(filter(
+          len, whole_texts.framed(documents, tokenizer, data.sequence_length, name)
+      )),
       batch_size=batch_size, sequence_length=data.sequence_length, seed=data.seed,
       pad_id=config.pad_id or 0, fixed=fixed,
   )

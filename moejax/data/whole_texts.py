@@ -88,7 +88,9 @@ def row_of(ids: np.ndarray, length: int, pad_id: int = 0) -> Batch:
 def framed(
     texts: Iterable[str], tokenizer: tokenizer_lib.Tokenizer, length: int, name: str
 ) -> tuple[np.ndarray, ...]:
-  """Each text's ids with what the tokenizer puts around it, its middle cut to fit `length`.
+  """Each text's ids with what the tokenizer puts around it, its end cut to fit `length`.
+
+  Of a text without a word they are none.
 
   Raises:
     UserError: no text, or a length without room for a token.
@@ -110,8 +112,7 @@ def framed(
           (i for i in range(around + 1) if np.array_equal(ids[i : i + len(plain)], plain)), 0
       )
       ids = np.concatenate([ids[:begin], plain[: len(plain) - cut], ids[begin + len(plain) :]])
-    if len(ids) > around:
-      found.append(ids.astype(np.int32))
-  if not found:
+    found.append(ids.astype(np.int32) if len(ids) > around else np.zeros(0, np.int32))
+  if not any(map(len, found)):
     raise errors.UserError(f'{name}: no text with a word in it')
   return tuple(found)

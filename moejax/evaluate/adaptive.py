@@ -109,14 +109,20 @@ def adaptive_resolution(
 
   Returns:
     A function of the same arrays that gives (scores [b, c], which inputs `full` ran on, bool [b]).
+
+  Raises:
+    UserError: no buckets.
   """
+  buckets = sorted(buckets)
+  if not buckets or buckets[0] < 1:
+    raise UserError(f'buckets = {buckets}: numbers of inputs, at least one, each above 0')
   run_cheap = jax.jit(lambda *x: (lambda s: (s, margins(s, probabilities)))(cheap(*x)))
   run_full = jax.jit(lambda at, *x: full(*(a[at] for a in x)))
   put = jax.jit(lambda scores, at, new: scores.at[at].set(new.astype(scores.dtype)))
 
   def run(*inputs: Any) -> tuple[jax.Array, np.ndarray]:
     scores, margin = run_cheap(*inputs)
-    again = np.asarray(margin) <= threshold
+    again = ~(np.asarray(margin) > threshold)  # Scores that are no numbers too.
     rows = np.flatnonzero(again)
     for start in range(0, len(rows), buckets[-1]):
       some = rows[start : start + buckets[-1]]

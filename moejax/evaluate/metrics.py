@@ -174,7 +174,10 @@ def evaluate(
       new['reference_content_loss'] = known['content_loss']
     if examples and not rows:
       guesses = np.asarray(jnp.argmax(logits, axis=-1))
-      rows = examples_of(batch, guesses, model.config.pad_id or 0, examples)
+      rows = examples_of(
+          batch, guesses, model.config.pad_id or 0, examples,
+          getattr(model.config, 'causal', True),
+      )
     new = jax.device_get(new)
     new = {name: np.asarray(value, np.float64) for name, value in new.items()}
     sums = new if sums is None else {name: sums[name] + new[name] for name in sums}
@@ -210,11 +213,11 @@ def _means(sums: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def examples_of(
-    batch: Batch, guesses_bt: np.ndarray, pad_id: int, count: int
+    batch: Batch, guesses_bt: np.ndarray, pad_id: int, count: int, causal: bool = True
 ) -> list[dict[str, list[int]]]:
   """The first rows of a batch: 'encoder' (an encoder-decoder's) or 'tokens' (a decoder's), targets,
   and the most probable token at each target position given the true tokens before it; lists of ids
-  without padding."""
+  without padding. Without `causal` 'tokens' are all that an encoder reads, masked words too."""
   examples = []
   for row in range(min(count, len(guesses_bt))):
     used = np.asarray(batch['weights'][row]) > 0
@@ -222,7 +225,8 @@ def examples_of(
       encoder = np.asarray(batch['encoder_tokens'][row])
       read = {'encoder': encoder[encoder != pad_id].tolist()}
     else:
-      read = {'tokens': np.asarray(batch['tokens'][row])[used].tolist()}
+      seen = used if causal else np.asarray(batch['segments'][row]) > 0
+      read = {'tokens': np.asarray(batch['tokens'][row])[seen].tolist()}
     examples.append({
         **read,
         'targets': np.asarray(batch['targets'][row])[used].tolist(),

@@ -103,6 +103,10 @@ def previous_tokens(
   before, inside a span; at the head of a span it is the encoder token before the span's sentinel.
   """
   targets = np.asarray(batch['targets'])
+  if isinstance(config, config_lib.EncoderConfig):
+    raise UserError(
+        f'a {config.family} sees both sides of a word: bigrams are no measure for it'
+    )
   if isinstance(config, config_lib.StackConfig):
     content = (np.asarray(batch['weights']) > 0) & ~np.isin(targets, config.eos_ids)
     return ContentTokens(

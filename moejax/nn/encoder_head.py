@@ -30,7 +30,7 @@ def logits(config: EncoderConfig, params: Mapping[str, Any], x_btd: jax.Array) -
     y = linear(pooled(params, x_btd), own['kernel'], preferred=jnp.float32)
   else:
     y = linear(x_btd, own['transform']) + own['transform_bias'].astype(x_btd.dtype)[None, None]
-    y = ffn.hidden_units(config.activation, y)
+    y = ffn.hidden_units(config.words_activation, y)
     y = norm.layer_norm(y, own['norm'], own['norm_bias'], config.norm_eps)
     y = linear(y, params['shared']['embedding'].T, preferred=jnp.float32)
   return y + own['bias'].astype(jnp.float32)[None, None]

@@ -25,14 +25,15 @@ def hidden_units(
 ) -> jax.Array:
   """What wo multiplies, of the products of the input: act(wi), or act(gate) * wi.
 
-  'drelu' (arXiv 2406.05955) is relu(gate) * relu(wi). Cuts are those of `config.CutsConfig`.
+  'drelu' (arXiv 2406.05955) is relu(gate) * relu(wi). Cuts are those of `config.CutsConfig`; shift
+  and cut are of the gate's branch.
   """
   own = Activation(activation) if isinstance(activation, str) else activation
   turn = lambda x: _cut(ACTIVATIONS[own.name](x - own.shift if own.shift else x), own.cut)
   if gate is None:
     hidden = turn(wi)
   else:
-    hidden = turn(gate) * (turn(wi) if own.name == 'drelu' else wi)
+    hidden = turn(gate) * (jax.nn.relu(wi) if own.name == 'drelu' else wi)
   return _cut(hidden, own.hidden_cut)
 
 
@@ -53,7 +54,10 @@ def dense_ffn(
 def observed_ffn(
     params: Mapping[str, Any], x: jax.Array, activation: Act, dropout=None
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """`dense_ffn`, its hidden units before dropout, and what the activation was applied to."""
+  """`dense_ffn`, its hidden units before dropout, and what the activation was applied to.
+
+  The latter less the activation's shift.
+  """
 
   def product(x, name):
     y = linear(x, params[name])
@@ -65,7 +69,8 @@ def observed_ffn(
   gate = product(x, 'gate') if 'gate' in params else None
   hidden = hidden_units(activation, wi, gate)
   y = product(hidden if dropout is None else dropout(hidden), 'wo')
-  return y, hidden, wi if gate is None else gate
+  shift = 0.0 if isinstance(activation, str) else activation.shift
+  return y, hidden, (wi if gate is None else gate) - shift
 
 
 def expert_ffn(

@@ -38,14 +38,16 @@ def sums(routing: Routing, valid_m: jax.Array | None = None) -> Metrics:
     valid_m = jnp.ones(m, bool)
   candidates_mk = routing.candidates_mk
   if candidates_mk is None:
-    candidates_mk = jnp.full((m, k), routing.logits_me.shape[-1], jnp.int32)
+    open_m1 = jnp.isfinite(routing.logits_me).sum(-1, keepdims=True, dtype=jnp.int32)
+    candidates_mk = jnp.broadcast_to(open_m1, (m, k))
   choice_mk = (candidates_mk > 0) & valid_m[:, None]
   weight_mk = routing.gate_mk
   if routing.scale_mk is not None:
     weight_mk = weight_mk * routing.scale_mk
   count = lambda x: jnp.sum(x, dtype=jnp.float32)
   log_p_me = jax.nn.log_softmax(routing.logits_me)
-  entropy_m = -jnp.sum(jnp.exp(log_p_me) * log_p_me, axis=-1)
+  # An expert that a token may not choose has probability 0.
+  entropy_m = -jnp.sum(jnp.where(jnp.isfinite(log_p_me), jnp.exp(log_p_me) * log_p_me, 0.0), -1)
   return {
       'load': routing.load_e.astype(jnp.float32),
       'tokens': count(choice_mk),

@@ -327,11 +327,22 @@ def eval_step(
 ) -> Metrics:
   """Sums over a batch, without dropout: divide by `weight` and `content_weight` at the end.
 
+  Of what `train.members` trains it is the ensemble's.
+
   first_sentinel: the least id that stands for a masked span; a decoder has none.
   """
-  output = forward(experiment, params, batch, mesh=mesh)
-  losses, hits = task_losses(output.logits_btv, batch['targets'])
   content = content_weights(batch, experiment.model, first_sentinel)
+  if (count := experiment.train.members) > 1:
+    ensemble = dataclasses.replace(
+        experiment, model=members.with_members(experiment.model, count)
+    )
+    tiled = members.tile(batch, count)
+    output = forward(ensemble, params, tiled, mesh=mesh)
+    logits_btv = members.mean_log_probs(output.logits_btv, count)
+  else:
+    tiled, output = batch, forward(experiment, params, batch, mesh=mesh)
+    logits_btv = output.logits_btv
+  losses, hits = task_losses(logits_btv, batch['targets'])
   return {
       'loss': jnp.sum(losses * batch['weights']),
       'accuracy': jnp.sum(hits * batch['weights']),
@@ -339,7 +350,7 @@ def eval_step(
       'content_loss': jnp.sum(losses * content),
       'content_accuracy': jnp.sum(hits * content),
       'content_weight': jnp.sum(content),
-      **routing_metrics(experiment.model, output.routings, batch),
+      **routing_metrics(experiment.model, output.routings, tiled),
   }
 
 
@@ -375,6 +386,10 @@ def check_fits(experiment: config_lib.Experiment, mesh: Mesh) -> None:
     if not isinstance(model_config, config_lib.StackConfig):
       raise errors.UserError(f'mesh.pipeline = {stages} is for decoders: set it to 1')
     blocks.check_pipeline(model_config, stages, size // parts, micro)
+    if experiment.train.members > 1:
+      raise errors.UserError(
+          'train.members over 1 needs the rows of an input side by side: set mesh.pipeline = 1'
+      )
   if (moe := model_config.moe) is not None:
     field = 'layer_experts' if moe.layer_experts else 'num_experts'
     for experts in moe.layer_experts or (moe.num_experts,):

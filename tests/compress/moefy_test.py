@@ -1,5 +1,6 @@
 """Dense layers as experts: the same function with all of them, less work with some."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
@@ -132,6 +133,21 @@ def test_split_layers_are_neither_split_again_nor_written_for_others(tmp_path):
   with pytest.raises(UserError, match='as_dense') as error:
     moejax.to_hf(split, tmp_path / 'hf')
   assert '\n' not in str(error.value) and not (tmp_path / 'hf').exists()
+
+
+def test_a_model_with_labels_has_no_loss_of_words():
+  config = dataclasses.replace(small.config_of('bert'), head='labels', labels=2)
+  model, batches = Model.init(config, jax.random.key(0)), small.batches('bert', 2)
+  result = compress(model, moefy(6, share=0.5, choice='cosine'), batches,
+                    validation_batches=batches)
+  assert result.report['loss'] is None and result.report['before']['loss'] is None
+  first = np.zeros((4, 24), np.int32)
+  first[:, 0] = 1
+  told = [{**b, 'targets': first, 'weights': first.astype(np.float32)} for b in batches]
+  whole = compress(model, moefy(6, share=1.0, choice='cosine'), batches, validation_batches=told)
+  logits = np.concatenate([model.apply(b['tokens']).logits_btv[:, 0] for b in batches])
+  want = -np.asarray(jax.nn.log_softmax(logits))[:, 1].mean()
+  assert whole.report['loss'] == pytest.approx(want, rel=1e-5)
 
 
 @pytest.mark.parametrize('family', ('opt', 'bert'))

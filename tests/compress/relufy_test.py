@@ -84,6 +84,37 @@ def test_cuts_of_each_layer_hold_on_every_path(family):
   np.testing.assert_allclose(again, want, atol=2e-5)
 
 
+@pytest.mark.parametrize('kind', ['teal', 'cats', 'fat'])
+@pytest.mark.parametrize('activation', ['silu', 'drelu'])
+def test_thresholds_found_again_are_the_same(kind, activation):
+  """What is cut already is not measured, and 'fat' and 'cats' leave dReLU its second branch."""
+  model, batches = small.model('llama'), small.batches('llama', 2)
+  model = Model(dataclasses.replace(model.config, activation=activation), model.params)
+  once = moejax.relufy(model, kind, batches, sparsity=0.8)
+  assert once.config.activation == ('relu' if (kind, activation) == ('fat', 'silu') else activation)
+  for first in (once, moejax.relufy(model, 'teal', batches, sparsity=0.3)):
+    twice = moejax.relufy(first, kind, batches, sparsity=0.8)
+    field = 'hidden_cut' if kind == 'teal' else 'cut'
+    assert getattr(twice.config.cuts, field) == getattr(once.config.cuts, field)
+  if kind != 'teal' and activation == 'drelu':
+    act = once.config.of_layer('decoder', 0).act
+    small_up = ffn.hidden_units(act, jnp.full(3, act.cut / 2), jnp.full(3, 2 * act.cut))
+    assert (np.asarray(small_up) > 0).all()
+
+
+def test_a_head_keeps_its_activation():
+  config = config_lib.EncoderConfig(
+      vocab_size=61, d_model=16, d_head=8, d_ff=24, num_heads=2, num_kv_heads=2, num_layers=1
+  )
+  model = Model.init(config, jax.random.key(0))
+  made = moejax.relufy(model, 'relu')
+  assert made.config.activation == 'relu' and made.config.words_activation == 'gelu'
+  assert made.config.cuts is None
+  shifted = moejax.relufy(made, 'shifted', shift=0.5)
+  assert shifted.config.words_activation == 'gelu' and shifted.config.cuts.shift == (0.5,)
+  assert moejax.relufy(shifted, 'relu').config == made.config
+
+
 def test_relu_is_the_models_own_with_another_activation():
   model = small.model('llama')
   made = moejax.relufy(model, 'relu')

@@ -51,7 +51,8 @@ def test_the_search_is_exact(experts, budget):
 
 def test_drawn_and_uniform_keep_the_budget():
   rng = np.random.default_rng(0)
-  for experts, budget in (((8, 8, 8), 7), ((8, 2, 30), 20), ((4, 4), 8), ((3, 3), 2)):
+  for experts, budget in (((8, 8, 8), 7), ((8, 2, 30), 20), ((4, 4), 8), ((3, 3), 2),
+                          ((4, 4, 4, 200), 5)):
     rows = shares_core.drawn(experts, budget, 200, rng)
     assert (rows.sum(1) <= budget).all() and (rows >= 1).all() and (rows <= experts).all()
     uniform = shares_core.uniform(experts, budget)
@@ -109,6 +110,9 @@ def test_bad_requests():
   model, batches = small.model('opt'), small.batches('opt', 1)
   with pytest.raises(UserError, match='no layers split'):
     moejax.search_shares(model, batches)
+  split = compress(model, moefy.moefy(6, choice='cosine', share=0.5), batches).model
+  with pytest.raises(UserError, match='each runs at least one'):
+    moejax.search_shares(split, batches, shares.Shares(budget=0.1))
   dynamic = compress(
       model, moefy.moefy(6, choice='norm', rule='within', epochs=1, share=0.5), batches
   ).model

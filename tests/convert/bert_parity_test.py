@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -16,6 +17,7 @@ from moejax.nn import encoder_head
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
 
+ROOT = Path(__file__).parents[2]
 CLASSES = {
     'none': 'BertModel', 'mlm': 'BertForMaskedLM', 'labels': 'BertForSequenceClassification',
 }
@@ -121,6 +123,25 @@ def test_pretraining_heads_and_old_buffers_are_left_out(tmp_path):
   close(got.logits_btv, want, mask)
 
 
+@pytest.mark.parametrize('head', ['none', 'mlm'])
+def test_names_of_the_first_files(head, tmp_path):
+  import safetensors.torch
+  hf = build(head)
+  hf.save_pretrained(tmp_path / 'new')
+  want = convert.from_hf(tmp_path / 'new')
+  rename = lambda n: n.replace('LayerNorm.weight', 'LayerNorm.gamma').replace(
+      'LayerNorm.bias', 'LayerNorm.beta')
+  (tmp_path / 'old').mkdir()
+  state = safetensors.torch.load_file(tmp_path / 'new' / 'model.safetensors')
+  state['bert.embeddings.position_ids' if head == 'mlm' else 'embeddings.position_ids'] = (
+      torch.arange(40)[None])
+  safetensors.torch.save_file(
+      {rename(n): a for n, a in state.items()}, tmp_path / 'old' / 'model.safetensors')
+  (tmp_path / 'old' / 'config.json').write_text((tmp_path / 'new' / 'config.json').read_text())
+  jax.tree.map(
+      np.testing.assert_array_equal, convert.from_hf(tmp_path / 'old').params, want.params)
+
+
 def test_padding_does_not_matter_and_order_does():
   config = EncoderConfig(
       vocab_size=83, d_model=32, d_head=8, d_ff=48, num_heads=4, num_kv_heads=4, num_layers=2,
@@ -140,6 +161,42 @@ def test_padding_does_not_matter_and_order_does():
   changed = tokens.copy()
   changed[1, -1] = changed[1, -1] % 80 + 1
   assert np.abs(np.asarray(model.apply(changed).logits_btv - got)[1, 0]).max() > 1e-4
+
+
+def test_commands_that_make_no_sense_of_it(tmp_path):
+  import subprocess
+  import sys
+
+  from moejax.data import tokenizer
+  config = EncoderConfig(
+      vocab_size=300, d_model=32, d_head=8, d_ff=48, num_heads=4, num_kv_heads=4, num_layers=2,
+      eos_ids=(1,),
+  )
+  for head in ('mlm', 'none'):
+    folder = tmp_path / head
+    made = dataclasses.replace(config, head=head, pooler=head == 'none')
+    Model.init(made, jax.random.key(0)).save(folder)
+    tokenizer.train(['the state of the union '] * 200, 300, 1).save(folder)
+  (tmp_path / 'text.txt').write_text('the state of the union ' * 400)
+  text, short = str(tmp_path / 'text.txt'), ('--sample_length', '32')
+  for command, words in (
+      (('generate', '--model', tmp_path / 'mlm', '--prompt', 'the'), 'writes no text'),
+      (('evaluate', '--model', tmp_path / 'none', '--data', text, *short), "has head 'none'"),
+      (('evaluate', '--model', tmp_path / 'mlm', '--data', text, '--bigram', text, *short),
+       'bigrams are no measure'),
+  ):
+    done = subprocess.run(
+        [sys.executable, '-m', f'experiments.{command[0]}', *map(str, command[1:])], cwd=ROOT,
+        capture_output=True, text=True, check=False,
+    )
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+  done = subprocess.run(
+      [sys.executable, '-m', 'experiments.evaluate', '--model', str(tmp_path / 'mlm'), '--data',
+       text, *short, '--examples', '1'], cwd=ROOT, capture_output=True, text=True, check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  (example,) = json.loads(done.stdout)['examples']
+  assert len(example['tokens']) == 32 > len(example['targets'])
 
 
 def test_bad_configs(tmp_path):

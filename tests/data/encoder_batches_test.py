@@ -79,8 +79,8 @@ class Framing:
 
 def test_whole_texts_keep_their_frame_when_cut():
   texts = whole_texts.framed(['abcdefgh', '', 'xy'], Framing(), 6, 'texts')
-  assert [list(t) for t in texts] == [[101, *b'abcd', 102], [101, *b'xy', 102]]
-  row = whole_texts.row_of(texts[1], 6)
+  assert [list(t) for t in texts] == [[101, *b'abcd', 102], [], [101, *b'xy', 102]]
+  row = whole_texts.row_of(texts[2], 6)
   assert row['tokens'].tolist() == [101, *b'xy', 102, 0, 0]
   assert row['segments'].tolist() == [1, 1, 1, 1, 0, 0] and row['positions'][3] == 3
   with pytest.raises(UserError, match='no text with a word'):

@@ -62,6 +62,8 @@ def test_the_function_runs_full_where_it_must(count):
   np.testing.assert_array_equal(again, np.asarray(adaptive.margins(x @ cheap_w)) <= 0.5)
   jax.effects_barrier()
   assert set(seen) <= {4, 16, 64} and sum(seen) >= again.sum()
+  broken, rerun = adaptive.adaptive_resolution(lambda x: cheap(x) * jnp.nan, full, 0.5)(x)
+  assert rerun.all() and np.isfinite(np.asarray(broken)).all()
   none, never = adaptive.adaptive_resolution(cheap, full, -1.0)(x)
   np.testing.assert_allclose(none, x @ cheap_w, rtol=1e-4, atol=1e-4)
   assert not never.any()
@@ -75,5 +77,7 @@ def test_bad_requests():
   ):
     with pytest.raises(UserError, match=words):
       adaptive.calibrate(a, b)
+  with pytest.raises(UserError, match='buckets'):
+    adaptive.adaptive_resolution(lambda x: x, lambda x: x, 0.5, buckets=())
   with pytest.raises(UserError, match='percentile = 101'):
     adaptive.calibrate(cheap, full, percentile=101)

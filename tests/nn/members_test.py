@@ -9,6 +9,7 @@ import pytest
 
 import moejax
 from moejax import config as config_lib
+from moejax import sharding
 from moejax.config import DecoderConfig, DecoderMoeConfig, EncDecConfig, EncDecMoeConfig
 from moejax.errors import UserError
 from moejax.model import Model, apply_fn
@@ -101,6 +102,14 @@ def test_training_is_the_mean_over_members(accumulate):
       for i in range(2)
   ]
   assert float(metrics['cross_entropy']) == pytest.approx(np.mean(losses), rel=1e-5)
+  assert all(np.isfinite(np.asarray(v)).all() for v in metrics.values())
+  assert float(metrics['candidates']) == 3
+  looked = step_lib.summarize_eval(
+      step_lib.eval_step(run, params, batch, first_sentinel=61)
+  )
+  log_probs = moejax.ensemble(Model(DECODER, params))(TOKENS)
+  want = -np.take_along_axis(np.asarray(log_probs), batch['targets'][..., None], -1).mean()
+  assert float(looked['loss']) == pytest.approx(want, rel=1e-5)
   for _ in range(20):
     new, after = step(new)
   assert float(after['cross_entropy']) < float(metrics['cross_entropy'])
@@ -114,5 +123,12 @@ def test_bad_requests():
       moejax.ensemble(model, count)
   with pytest.raises(UserError, match='no experts'):
     members.with_members(dataclasses.replace(DECODER, moe=None), 2)
+  piped = config_lib.Experiment(
+      model=DECODER, mesh=config_lib.MeshConfig(data=1, pipeline=2),
+      data=config_lib.DataConfig(sequence_length=32),
+      train=config_lib.TrainConfig(batch_size=8, members=2, scan_layers=True),
+  )
+  with pytest.raises(UserError, match='mesh.pipeline = 1'):
+    step_lib.check_fits(piped, sharding.make_mesh(piped.mesh, jax.devices()[:2]))
   with pytest.raises(UserError, match="not 'sparsemixer_v2'"):
     DecoderMoeConfig(num_experts=4, members=2)

@@ -13,7 +13,7 @@ from experiments import flags
 import moejax
 from moejax import config as config_lib
 from moejax import errors, sharding, tree, weights
-from moejax.compress import compress
+from moejax.compress import compress, shares
 from moejax.model import Model
 from moejax.train import distill, loop, optim
 from moejax.train import state as state_lib
@@ -240,6 +240,10 @@ def test_a_split_model_from_a_folder(tmp_path, monkeypatch):
     for path, leaf in after.items():
       same = np.array_equal(np.asarray(leaf), np.asarray(before[path]))
       assert same == (not moves(path)), (kind, path)
+  how = shares.Shares(budget=0.5, measured=10, drawn=10, finalists=1)
+  moejax.search_shares(tmp_path / 'split', [sample], how, tmp_path / 'shares')
+  again = flags.load_config(f'configs/recover.py:full@{tmp_path / "shares"}', settings)
+  assert again.distill.teacher == str(whole)
   with pytest.raises(errors.UserError, match='choose without gates'):
     flags.load_config(f'configs/recover.py:router@{tmp_path / "split"}', [])
 
