@@ -16,6 +16,7 @@ With --dry_run nothing is written or calibrated: a table and JSON say what the r
 import pathlib
 import sys
 from typing import Any
+import warnings
 
 from absl import flags
 
@@ -184,6 +185,7 @@ def main() -> None:
     OTHERS[type(transform)](folder, transform, calibration, tokenizer.first_sentinel)
     return
   first = transform.steps[0] if isinstance(transform, base.Chain) else transform
+  warnings.simplefilter('ignore', UserWarning)  # They are in the report, and told below.
   result = driver.compress(
       folder, transform, calibration, _OUT.value, validation_batches=validation,
       sentinel=tokenizer.first_sentinel, progress=True,
@@ -204,6 +206,8 @@ def main() -> None:
         f'warning: {", ".join(report["over_budget"])}: more than target_bits, the fewest that its '
         'grids can take; raise search.target_bits', file=sys.stderr, flush=True,
     )
+  for line in report['warnings']:
+    print(f'warning: {line}', file=sys.stderr, flush=True)
   print(files.json_text(summary, indent=2))
 
 

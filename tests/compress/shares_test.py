@@ -12,6 +12,8 @@ from moejax import Model
 from moejax.compress import compress, moefy, shares, shares_core
 from moejax.errors import UserError
 
+pytestmark = pytest.mark.once
+
 _SPEC = importlib.util.spec_from_file_location(
     'small_models', Path(__file__).with_name('small_models.py')
 )

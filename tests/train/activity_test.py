@@ -17,6 +17,8 @@ from moejax.train import activity, loop, optim
 from moejax.train import state as state_lib
 from moejax.train import step as step_lib
 
+pytestmark = pytest.mark.once
+
 CONFIG = config_lib.DecoderConfig(
     family='llama', vocab_size=61, d_model=16, d_head=8, d_ff=32, num_heads=2, num_kv_heads=2,
     num_layers=2, initializer_std=0.3, eos_ids=(1,), activation='relu', max_positions=64,

@@ -15,6 +15,8 @@ from moejax.train import loop, optim
 from moejax.train import state as state_lib
 from moejax.train import step as step_lib
 
+pytestmark = pytest.mark.once
+
 CONFIG = config_lib.EncoderConfig(
     vocab_size=64, d_model=32, d_head=16, d_ff=64, num_heads=2, num_kv_heads=2, num_layers=2,
     max_positions=32, initializer_std=0.1, dropout_rate=0.0, mask_id=2, eos_ids=(1,),
