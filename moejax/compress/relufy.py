@@ -61,7 +61,7 @@ def reconfigured(config: ModelConfig, how: Relufy) -> ModelConfig:
   if name != config.activation or how.kind in ('relu', 'shifted', 'drelu'):
     cuts = dataclasses.replace(cuts, shift=(how.shift,))
   head: Any = {}
-  if isinstance(config, EncoderConfig):
+  if isinstance(config, EncoderConfig) and config.head == 'mlm' and name != config.activation:
     head['head_activation'] = config.words_activation
   return dataclasses.replace(
       config, activation=name or config.activation,

@@ -102,7 +102,7 @@ def test_thresholds_found_again_are_the_same(kind, activation):
     assert (np.asarray(small_up) > 0).all()
 
 
-def test_a_head_keeps_its_activation():
+def test_a_head_keeps_its_activation(tmp_path):
   config = config_lib.EncoderConfig(
       vocab_size=61, d_model=16, d_head=8, d_ff=24, num_heads=2, num_kv_heads=2, num_layers=1
   )
@@ -113,6 +113,11 @@ def test_a_head_keeps_its_activation():
   shifted = moejax.relufy(made, 'shifted', shift=0.5)
   assert shifted.config.words_activation == 'gelu' and shifted.config.cuts.shift == (0.5,)
   assert moejax.relufy(shifted, 'relu').config == made.config
+  with pytest.raises(UserError, match='words_activation'):
+    moejax.to_hf(made, tmp_path / 'hf')
+  bare = Model.init(dataclasses.replace(config, head='none', pooler=True), jax.random.key(0))
+  moejax.to_hf(moejax.relufy(bare, 'relu'), tmp_path / 'hf')
+  assert moejax.from_hf(tmp_path / 'hf').config.activation == 'relu'
 
 
 def test_relu_is_the_models_own_with_another_activation():
