@@ -12,7 +12,7 @@ of the model it came from. Variants, before the @:
   hoyer      ReLU and a square-Hoyer loss (arXiv 2310.04361)
   above      the activation stays; its inputs are pushed far below 0 (arXiv 2310.04361)
 
-How hard it is pushed: --set 'activity.weights=[...]' and --set 'activity.steps=[...]'. Held to the
+How hard it is pushed: --set 'activity.weights=[...]' and --set 'activity.stages=[...]'. Held to the
 model it came from: --set distill.teacher=DIR. Steps, rate and batch are those of a small model.
 Afterwards: configs/cut.py:fat for what is nearly 0, configs/profile.py to look, configs/moefy.py.
 """
@@ -46,7 +46,7 @@ def get_config(variant: str = '') -> config.Experiment:
   )
   activity = {
       'prosparse': config.ActivityConfig(
-          form='l1', weights=(0.0, 1.0, 3.0), steps=(STEPS // 4, STEPS // 4, STEPS // 4)
+          form='l1', weights=(0.0, 1.0, 3.0), stages=(STEPS // 4, STEPS // 4, STEPS // 4)
       ),
       'hoyer': config.ActivityConfig(form='hoyer', weights=(1.0,)),
       'above': config.ActivityConfig(form='above', weights=(0.1,)),

@@ -192,14 +192,14 @@ class ActivityConfig(Checked):
 
   form: 'l1', the mean size of hidden units; 'hoyer', the square-Hoyer index over their number;
   'above', for smooth activations, how far their inputs are over -10 (D2DMoE, arXiv 2310.04361);
-  empty for none. weights, steps: of its stages and their lengths; see `train.activity.weight`. One
-  weight without steps holds for the whole run.
+  empty for none. weights, stages: of its stages, and their lengths in steps; see
+  `train.activity.weight`. One weight without stages holds for the whole run.
   """
 
   section: ClassVar[str] = 'activity.'
   form: str = ''
   weights: tuple[float, ...] = (0.1,)
-  steps: tuple[int, ...] = ()
+  stages: tuple[int, ...] = ()
 
   def __post_init__(self):
     super().__post_init__()
@@ -209,10 +209,10 @@ class ActivityConfig(Checked):
         'one or more, none below 0',
     )
     require(
-        len(self.steps) == len(self.weights) or (len(self.weights) == 1 and not self.steps),
-        'activity.steps', self.steps, f'one for each of {len(self.weights)} weights',
+        len(self.stages) == len(self.weights) or (len(self.weights) == 1 and not self.stages),
+        'activity.stages', self.stages, f'one for each of {len(self.weights)} weights',
     )
-    require(all(n >= 1 for n in self.steps), 'activity.steps', self.steps, 'each at least 1')
+    require(all(n >= 1 for n in self.stages), 'activity.stages', self.stages, 'each at least 1')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

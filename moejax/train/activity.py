@@ -12,12 +12,12 @@ from moejax.ops.activity import Activity
 def weight(config: ActivityConfig, step: jax.Array | int) -> jax.Array:
   """The weight of the loss at a step, float32 (ProSparse, arXiv 2402.13516).
 
-  Stage i ends `steps[i]` after the one before. The first has weights[0]; in each later one the
-  weight goes from that of the stage before to its own along half a sine, and then stays.
+  Stage i ends `stages[i]` steps after the one before. The first has weights[0]; in each later one
+  the weight goes from that of the stage before to its own along half a sine, and then stays.
   """
   now = jnp.float32(config.weights[0])
-  end = config.steps[0] if config.steps else 0
-  for before, after, length in zip(config.weights, config.weights[1:], config.steps[1:]):
+  end = config.stages[0] if config.stages else 0
+  for before, after, length in zip(config.weights, config.weights[1:], config.stages[1:]):
     done = jnp.clip((jnp.asarray(step, jnp.float32) - end) / length, 0.0, 1.0)
     now = now + (after - before) * 0.5 * (1 - jnp.cos(jnp.pi * done))
     end += length

@@ -64,7 +64,7 @@ def test_the_gradient_of_the_index_is_that_of_its_formula():
 
 
 def test_stages():
-  config = ActivityConfig(form='l1', weights=(1.0, 3.0, 2.0), steps=(10, 20, 4))
+  config = ActivityConfig(form='l1', weights=(1.0, 3.0, 2.0), stages=(10, 20, 4))
   at = lambda step: float(activity.weight(config, step))
   assert at(0) == at(10) == 1
   assert at(20) == pytest.approx(2)
@@ -129,7 +129,7 @@ def test_training_pushes_activity_down(form, accumulate):
 def test_bad_settings():
   with pytest.raises(UserError, match='activity.form'):
     ActivityConfig(form='l2')
-  with pytest.raises(UserError, match='activity.steps.*one for each of 2'):
+  with pytest.raises(UserError, match='activity.stages.*one for each of 2'):
     ActivityConfig(form='l1', weights=(0.1, 0.2))
   with pytest.raises(UserError, match='activity.weights'):
     ActivityConfig(form='l1', weights=(-1.0,))
