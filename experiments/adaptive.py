@@ -24,9 +24,9 @@ import numpy as np
 
 from configs import sotu_switch16
 from experiments import flags as common
+from experiments import pages
 from experiments.bench import suites
 from experiments.fewer import problems
-from experiments.fewer.page import MARKER
 from moejax import config as config_lib
 from moejax import errors, evaluate, files, sharding, store
 from moejax.compress import compress
@@ -211,8 +211,7 @@ def main() -> None:
       'ensemble': of_experts(sources['sparse']),
   }
   files.write_json(out, result)
-  by_hand = (path.read_text() if path.exists() else '').partition(MARKER)[2] or '\n'
-  files.write_whole(path, page(result) + f'\n{MARKER}{by_hand}')
+  pages.write(path, page(result))
   print(os.path.relpath(path))
 
 

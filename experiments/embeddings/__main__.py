@@ -17,15 +17,14 @@ import pathlib
 from typing import Any
 
 from absl import flags
-import jax
 import numpy as np
 import tqdm
 
 from experiments import flags as common
-from experiments.bench import suites
+from experiments import pages
 from experiments.embeddings import page, probe
 from experiments.moefied import runs
-from moejax import errors, files
+from moejax import files
 from moejax.compress import compress, relufy
 from moejax.data import tokenizer as tokenizer_lib
 from moejax.data import whole_texts
@@ -87,24 +86,16 @@ class Measure:
 
 def main() -> None:
   folder, source = files.require_folder(_MODEL.value), files.require_folder(_REFERENCE.value)
-  runs.check(_PAIRS.value, _SHARES.value, _FORMS.value, _SEEDS.value)
   out = pathlib.Path(_OUT.value)
   about = {
       'model': str(folder), 'reference': str(source), 'expert_size': _SIZE.value,
       'length': _LENGTH.value, 'train': _TRAIN.value, 'test': _TEST.value,
       'samples': _SAMPLES.value,
   }
-  result: dict[str, Any] = files.read_json(out) if out.exists() else {
-      'machine': suites.machine(), 'jax': jax.__version__, **about, 'models': {}, 'runs': {},
-  }
-  for name, value in about.items():
-    if result[name] != value:
-      raise errors.UserError(f'{out} holds runs with {name} = {result[name]!r}: see --out')
-  keys = [
-      (*pair.split('/'), share, form, seed) for seed in _SEEDS.value for form in _FORMS.value
-      for share in _SHARES.value for pair in _PAIRS.value
-  ]
-  left = [key for key in keys if '/'.join(key) not in result['runs']]
+  result = pages.opened(out, about, models={}, runs={})
+  left = runs.left(
+      result['runs'], _PAIRS.value, _SHARES.value, _FORMS.value, _SEEDS.value
+  )
   if left or len(result['models']) < len(page.MODELS):
     go_on(folder, source, left, result, out)
   image = out.with_suffix('.png')

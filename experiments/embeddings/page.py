@@ -6,10 +6,8 @@ import pathlib
 import statistics
 from typing import Any
 
-from experiments.fewer.page import MARKER, spread
-from experiments.fewer.pictures import plots, png
+from experiments import pages
 from experiments.moefied.page import FORMS
-from moejax import files
 
 PAIRS = ('clusters/oracle', 'clusters/mlp', 'coactivation/mlp', 'clusters/cosine')
 MODELS = {
@@ -33,7 +31,7 @@ def values(result: Mapping[str, Any], kind: str) -> dict[tuple[str, str], dict[s
 
 def draw(result: Mapping[str, Any]) -> bytes:
   """A panel for each figure, a line for each form and pair, over the share that runs."""
-  pyplot = plots()
+  pyplot = pages.plots()
   figure, panels = pyplot.subplots(1, 4, figsize=(15.5, 3.6), layout='constrained', sharex=True)
   colours = dict(zip(PAIRS, map(pyplot.get_cmap('tab10'), range(10))))
   for axes, kind in zip(panels, KINDS):
@@ -51,7 +49,7 @@ def draw(result: Mapping[str, Any]) -> bytes:
     axes.set_xlabel('neurons run, %')
     axes.grid(alpha=0.3)
   panels[-1].legend(fontsize=7, frameon=False, loc='center left', bbox_to_anchor=(1.0, 0.5))
-  return png(figure)
+  return pages.png(figure)
 
 
 def table(result: Mapping[str, Any], kind: str) -> str:
@@ -61,15 +59,13 @@ def table(result: Mapping[str, Any], kind: str) -> str:
   lines = ['| split/choice | | ' + ' | '.join(f'{float(s):.0%}' for s in shares) + ' |',
            '|---|---|' + '---|' * len(shares)]
   for (form, pair), own in found.items():
-    cells = ' | '.join(spread(own[s]) if s in own else '' for s in shares)
+    cells = ' | '.join(pages.spread(own[s]) if s in own else '' for s in shares)
     lines.append(f'| {pair} | {FORMS[form]} | {cells} |')
   return '\n'.join(lines)
 
 
 def write(path: pathlib.Path, result: Mapping[str, Any], image: pathlib.Path) -> None:
   """The page; what stands below its marker is kept."""
-  old = path.read_text() if path.exists() else ''
-  by_hand = old.partition(MARKER)[2] or '\n'
   machine = result['machine']
   models = ['| model | ' + ' | '.join(KINDS.values()) + ' |', '|---|' + '---|' * len(KINDS)]
   models += [
@@ -90,4 +86,4 @@ def write(path: pathlib.Path, result: Mapping[str, Any], image: pathlib.Path) ->
     if result['runs']:
       parts += [f'## {words}\n', table(result, kind) + '\n']
   parts.append(f'![embeddings by share]({os.path.relpath(image, path.parent)})\n')
-  files.write_whole(path, '\n'.join(parts) + f'\n{MARKER}{by_hand}')
+  pages.write(path, '\n'.join(parts))

@@ -17,13 +17,12 @@ import tempfile
 from typing import Any
 
 from absl import flags
-import jax
 import numpy as np
 import tqdm
 
 from configs import sotu_switch16
 from experiments import flags as common
-from experiments.bench import suites
+from experiments import pages
 from experiments.fewer import page, pictures, problems, training
 from moejax import errors, files, store
 from moejax.compress import compress, fewer, grouping_core, stats
@@ -80,14 +79,8 @@ def main() -> None:
       'model': str(folder), 'samples': _SAMPLES.value, 'tests': _TESTS.value,
       'calibration': list(_TRAIN.value), 'test': list(_TEST.value),
   }
-  result: dict[str, Any] = files.read_json(out) if out.exists() else {
-      'machine': suites.machine(), 'jax': jax.__version__, **about, 'how': how, 'before': {},
-      'runs': {},
-  }
+  result = pages.opened(out, about, how=how, before={}, runs={})
   held = result['how']
-  for name, value in about.items():
-    if result[name] != value:
-      raise errors.UserError(f'{out} holds runs with {name} = {result[name]!r}: see --out')
   if held['task'] != how['task'] or (held['steps'] and how['steps'] and held != how):
     raise errors.UserError(f'{out} holds runs with other settings, {held}: see --out')
   if how['steps']:

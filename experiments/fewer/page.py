@@ -3,10 +3,9 @@
 from collections.abc import Callable, Mapping, Sequence
 import os
 import pathlib
-import statistics
 from typing import Any
 
-from moejax import files
+from experiments import pages
 from moejax.compress import hc_smoe, ream, uncurl
 from moejax.compress.merge import merge
 from moejax.compress.prune import prune
@@ -16,7 +15,6 @@ KINDS = {
     'loss': 'loss, one shot', 'recovered': 'loss, after recovery', 'accuracy': 'accuracy, one shot',
     'recovered_accuracy': 'accuracy, after recovery',
 }
-MARKER = '<!-- written by hand below -->'
 # Name -> a step from the number of experts and a seed. What is random comes first in the table.
 METHODS: dict[str, Callable[[int, int], Any]] = {
     'prune random': lambda n, s: prune('random', experts=n, seed=s),
@@ -50,12 +48,6 @@ def losses(
   return {name: found[name] for name in METHODS if name in found}
 
 
-def spread(values: Sequence[float]) -> str:
-  """Mean and, of several, the sample standard deviation."""
-  mean = f'{statistics.fmean(values):.3f}'
-  return f'{mean} ± {statistics.stdev(values):.3f}' if len(values) > 1 else mean
-
-
 def table(result: Mapping[str, Any], kind: str = 'loss') -> str:
   found = losses(result, kind)
   counts = sorted({n for own in found.values() for n in own}, reverse=True)
@@ -63,15 +55,13 @@ def table(result: Mapping[str, Any], kind: str = 'loss') -> str:
            '|---|' + '---|' * len(counts)]
   for name, own in found.items():
     lines.append(f'| {name} | ' + ' | '.join(
-        spread(own[n]) if n in own else '' for n in counts
+        pages.spread(own[n]) if n in own else '' for n in counts
     ) + ' |')
   return '\n'.join(lines)
 
 
 def write(path: pathlib.Path, result: Mapping[str, Any], images: Sequence[pathlib.Path]) -> None:
   """The page; what stands below its marker is kept."""
-  old = path.read_text() if path.exists() else ''
-  by_hand = old.partition(MARKER)[2] or '\n'
   machine, before, how = result['machine'], result['before'], result['how']
   task = f'; fine-tuned to label {how["task"]}' if how['task'] else ''
   accuracy = f', accuracy {before["accuracy"]:.3f}' if 'accuracy' in before else ''
@@ -93,4 +83,4 @@ def write(path: pathlib.Path, result: Mapping[str, Any], images: Sequence[pathli
     if losses(result, kind):
       parts += [f'## {words[0].upper()}{words[1:]}\n', table(result, kind) + '\n']
   parts += [f'![{image.stem}]({os.path.relpath(image, path.parent)})\n' for image in images]
-  files.write_whole(path, '\n'.join(parts) + f'\n{MARKER}{by_hand}')
+  pages.write(path, '\n'.join(parts))

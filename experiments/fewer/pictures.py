@@ -1,35 +1,17 @@
 """What came out, as PNG: loss against bytes, which experts joined which, and their trees."""
 
 from collections.abc import Mapping
-import io
 import statistics
 from typing import Any
 
 import numpy as np
 
 from experiments.fewer import page
+from experiments.pages import plots, png
 
 # The methods whose groups are drawn.
 MAPPED = ('prune reap', 'prune frequency', 'merge msmoe', 'merge hc_smoe', 'merge ream',
           'merge random')
-
-
-def plots() -> Any:
-  """pyplot, on no display."""
-  import matplotlib
-
-  matplotlib.use('Agg')
-  from matplotlib import pyplot
-
-  return pyplot
-
-
-def png(figure: Any) -> bytes:
-  """The figure as a file, closed."""
-  buffer = io.BytesIO()
-  figure.savefig(buffer, format='png', dpi=130)
-  plots().close(figure)
-  return buffer.getvalue()
 
 
 def losses(result: Mapping[str, Any]) -> bytes:

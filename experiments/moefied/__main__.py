@@ -16,15 +16,14 @@ import pathlib
 from typing import Any
 
 from absl import flags
-import jax
 import tqdm
 
 from configs import sotu_switch16
 from experiments import flags as common
-from experiments.bench import suites
+from experiments import pages
 from experiments.fewer import problems
 from experiments.moefied import page, pictures, runs
-from moejax import errors, files
+from moejax import files
 from moejax.compress import compress
 
 _MODEL = flags.DEFINE_string('model', 'runs/t5/model', 'Folder of the dense model to split.')
@@ -49,23 +48,15 @@ _PAGE = flags.DEFINE_string('page', 'experiments/RESULTS_MOEFIED.md', 'Where the
 
 def main() -> None:
   folder = files.require_folder(_MODEL.value)
-  runs.check(_PAIRS.value, _SHARES.value, _FORMS.value, _SEEDS.value)
   out = pathlib.Path(_OUT.value)
   about = {
       'model': str(folder), 'expert_size': _SIZE.value, 'samples': _SAMPLES.value,
       'tests': _TESTS.value, 'calibration': list(_TRAIN.value), 'test': list(_TEST.value),
   }
-  result: dict[str, Any] = files.read_json(out) if out.exists() else {
-      'machine': suites.machine(), 'jax': jax.__version__, **about, 'loss': None, 'runs': {},
-  }
-  for name, value in about.items():
-    if result[name] != value:
-      raise errors.UserError(f'{out} holds runs with {name} = {result[name]!r}: see --out')
-  keys = [
-      (*pair.split('/'), share, form, seed) for seed in _SEEDS.value for form in _FORMS.value
-      for share in _SHARES.value for pair in _PAIRS.value
-  ]
-  left = [key for key in keys if '/'.join(key) not in result['runs']]
+  result = pages.opened(out, about, loss=None, runs={})
+  left = runs.left(
+      result['runs'], _PAIRS.value, _SHARES.value, _FORMS.value, _SEEDS.value
+  )
   if left:
     go_on(folder, left, result, out)
   image = out.with_suffix('.png')

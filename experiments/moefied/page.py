@@ -7,8 +7,7 @@ import pathlib
 import statistics
 from typing import Any
 
-from experiments.fewer.page import MARKER, spread
-from moejax import files
+from experiments import pages
 
 SPLITS = ('clusters', 'coactivation', 'contiguous', 'random')
 # From what should be best to what should be worst.
@@ -47,7 +46,7 @@ def table(result: Mapping[str, Any], form: str) -> str:
   lines = ['| split | choice | ' + ' | '.join(f'{float(s):.0%}' for s in shares)
            + ' | share without loss |', '|---|---|' + '---|' * (len(shares) + 1)]
   for (split, choice), own in found.items():
-    cells = ' | '.join(spread(own[s]) if s in own else '' for s in shares)
+    cells = ' | '.join(pages.spread(own[s]) if s in own else '' for s in shares)
     lines.append(f'| {split} | {choice} | {cells} | {needed(own, result["loss"])} |')
   return '\n'.join(lines)
 
@@ -83,8 +82,6 @@ def best(result: Mapping[str, Any], form: str, share: str, count: int = 4) -> li
 
 def write(path: pathlib.Path, result: Mapping[str, Any], image: pathlib.Path) -> None:
   """The page; what stands below its marker is kept."""
-  old = path.read_text() if path.exists() else ''
-  by_hand = old.partition(MARKER)[2] or '\n'
   machine = result['machine']
   seeds = len({key.rsplit('/', 1)[1] for key in result['runs']})
   parts = [
@@ -107,4 +104,4 @@ def write(path: pathlib.Path, result: Mapping[str, Any], image: pathlib.Path) ->
     )
     parts += ['\n'.join(f'- {line}' for line in wrong) + '\n'] if wrong else []
   parts.append(f'![loss by share]({os.path.relpath(image, path.parent)})\n')
-  files.write_whole(path, '\n'.join(parts) + f'\n{MARKER}{by_hand}')
+  pages.write(path, '\n'.join(parts))

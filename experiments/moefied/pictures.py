@@ -4,8 +4,8 @@ from collections.abc import Mapping
 import statistics
 from typing import Any
 
-from experiments.fewer.pictures import plots, png
 from experiments.moefied import page
+from experiments.pages import plots, png
 
 
 def losses(result: Mapping[str, Any]) -> bytes:

@@ -1,6 +1,6 @@
 """What one run of a pair is, and which there are."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.moefied import page
@@ -30,6 +30,23 @@ def check(
         kind(value)
       except ValueError as error:
         raise errors.UserError(f'--{name} {value}: numbers') from error
+
+
+def left(
+    done: Mapping[str, Any], pairs: Sequence[str], shares: Sequence[str], forms: Sequence[str],
+    seeds: Sequence[str],
+) -> list[tuple[str, ...]]:
+  """The runs that are wanted and not done: (split, choice, share, form, seed).
+
+  Raises:
+    UserError: see `check`.
+  """
+  check(pairs, shares, forms, seeds)
+  keys = [
+      (*pair.split('/'), share, form, seed)
+      for seed in seeds for form in forms for share in shares for pair in pairs
+  ]
+  return [key for key in keys if '/'.join(key) not in done]
 
 
 def step_of(split: str, choice: str, share: float, form: str, seed: int, size: int) -> Any:

@@ -20,6 +20,7 @@ import jax
 import tqdm
 
 from experiments import flags as common
+from experiments import pages
 from experiments.bench import suites
 from experiments.study import page, records
 from moejax import errors, files
@@ -67,9 +68,7 @@ def write(result: dict[str, Any]) -> None:
   for corpus in page.CORPORA:
     if records.by_variant(result['runs'], corpus):
       files.write_whole(f'{FLAGS.out}_{corpus}.png', page.draw(result, corpus))
-  path = pathlib.Path(FLAGS.page)
-  _, _, by_hand = (path.read_text() if path.is_file() else '').partition(page.MARKER)
-  files.write_whole(path, page.markdown(result) + by_hand.lstrip('\n'))
+  pages.write(pathlib.Path(FLAGS.page), page.markdown(result))
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import io
 import statistics
 from typing import Any
 
+from experiments import pages
 from experiments.study import records
 from moejax.errors import UserError
 
@@ -17,13 +18,6 @@ _COLOURS = {
     'grin_local': '#61a5c2',
 }
 CORPORA = {'speeches': 'State of the Union', 'mix': 'speeches, essays and manuals'}
-MARKER = '<!-- written by hand below -->'
-
-
-def spread(values: list[float], digits: int) -> str:
-  """Mean and, of several, the sample standard deviation."""
-  mean = f'{statistics.fmean(values):.{digits}f}'
-  return f'{mean} ± {statistics.stdev(values):.{digits}f}' if len(values) > 1 else mean
 
 
 def rows(result: Mapping[str, Any], corpus: str) -> list[list[str]]:
@@ -36,11 +30,11 @@ def rows(result: Mapping[str, Any], corpus: str) -> list[list[str]]:
     speed = statistics.median(at[variant] for at in rounds)
     relative = statistics.median(at[variant] / at['dense'] for at in rounds)
     mean = lambda name, last=last: (
-        spread([row[name] for row in last], 2) if name in last[0] else ''
+        pages.spread([row[name] for row in last], 2) if name in last[0] else ''
     )
     out.append([
         LABELS[variant], str(len(own)), str(last[0]['step']),
-        spread([row['loss'] for row in last], 4), f'{speed:,.0f}', f'{relative:.0%}',
+        pages.spread([row['loss'] for row in last], 4), f'{speed:,.0f}', f'{relative:.0%}',
         mean('router_entropy'), mean('load_entropy'), mean('dropped'), mean('no_router_gradient'),
     ])
   return out
@@ -53,7 +47,7 @@ _COLUMNS = (
 
 
 def markdown(result: Mapping[str, Any]) -> str:
-  """The written part of the page, up to the marker."""
+  """The written part of the page, what stands before the marker."""
   lines = [
       '# What gradient-informed routing buys at a small scale', '',
       f'Written by `python -m experiments.study` on {result["machine"]["cpu"]}, '
@@ -70,7 +64,7 @@ def markdown(result: Mapping[str, Any]) -> str:
       lines += [f'## On {title}', '']
       lines += ['| ' + ' | '.join(cells) + ' |' for cells in (_COLUMNS, ['---'] * 10, *table)]
       lines += ['', f'![Loss, entropy and load](evidence/study_{corpus}.png)', '']
-  return '\n'.join([*lines, MARKER, ''])
+  return '\n'.join(lines).rstrip('\n') + '\n'
 
 
 def draw(result: Mapping[str, Any], corpus: str) -> bytes:

@@ -1,5 +1,6 @@
 """Settings of encoder-only models: BERT."""
 
+from collections.abc import Mapping
 import dataclasses
 from typing import ClassVar
 
@@ -26,7 +27,9 @@ class EncoderConfig(StackConfig):
   stacks: ClassVar[tuple[str, ...]] = ('encoder',)
   causal: ClassVar[bool] = False
   post_norm: ClassVar[bool] = True
-  least = {**StackConfig.least, 'labels': 0, 'token_types': 1, 'mask_id': 0}
+  least: ClassVar[Mapping[str, float]] = {
+      **StackConfig.least, 'labels': 0, 'token_types': 1, 'mask_id': 0,
+  }
   family: str = 'bert'
   head: str = 'mlm'
   head_activation: str = ''
@@ -60,7 +63,9 @@ class EncoderConfig(StackConfig):
         f'under model.vocab_size = {self.vocab_size}',
     )
     require(self.tie_embeddings, 'model.tie_embeddings', False, 'words are told by their embedding')
-    require(not self.position_offset, 'model.position_offset', self.position_offset, '0')
+    for name, fixed in (('norm', 'layer'), ('head_bias', False), ('position_offset', 0)):
+      value = getattr(self, name)
+      require(value == fixed, f'model.{name}', value, f'an encoder has {fixed!r}')
     require(self.moe is None or self.moe.router == 'selection', 'model.moe', self.moe,
             "must be null, or have router 'selection'")
 

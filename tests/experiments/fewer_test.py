@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import pages
 from experiments.fewer import labelled, page, problems
 from moejax.config import DecoderConfig, EncDecConfig, EncDecMoeConfig
 from moejax.data import tokenizer as tokenizer_lib
@@ -50,7 +51,7 @@ def test_two_methods(tmp_path):
       'how': {'steps': 2, 'size': 8, 'learning_rate': 1e-4, 'task': ''}, 'before': {},
       'runs': {'prune reap/2/0': done_before},
   }))
-  (tmp_path / 'page.md').write_text(page.MARKER + '\nby hand\n')
+  (tmp_path / 'page.md').write_text(pages.MARKER + '\nby hand\n')
   done = run(*arguments, '--methods', 'prune reap,merge hc_smoe', '--seeds', '0')
   assert done.returncode == 0, done.stderr
   both = json.loads((tmp_path / 'fewer.json').read_text())

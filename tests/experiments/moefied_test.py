@@ -10,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 
+from experiments import pages
 from experiments.embeddings import probe
 from experiments.moefied import page
 from moejax.config import EncDecConfig, EncoderConfig
@@ -43,7 +44,7 @@ def test_pairs_of_a_dense_model(tmp_path):
       tmp_path / 'text.txt', '--samples', 2, '--test_samples', 2, '--expert_size', 4, '--out',
       tmp_path / 'made.json', '--page', tmp_path / 'page.md',
   )
-  (tmp_path / 'page.md').write_text(page.MARKER + '\nby hand\n')
+  (tmp_path / 'page.md').write_text(pages.MARKER + '\nby hand\n')
   done = run(
       'moefied', *arguments, '--pairs', 'random/oracle,random/cosine', '--shares', '0.5,1',
       '--seeds', 0, '--forms', 'plain,fitted',

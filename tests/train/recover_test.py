@@ -152,19 +152,25 @@ def get_config():
 '''
 
 
-def test_from_a_folder_through_the_command(tmp_path, monkeypatch):
-  """Train, prune, recover: the manifest knows the texts and the teacher; a stopped run goes on."""
-  monkeypatch.chdir(ROOT)
+def first_model(tmp_path, settings=()):
+  """The folder of a model trained for a few steps, and a batch for calibration."""
   rng = np.random.default_rng(0)
   words = ['union', 'state', 'the', 'of', 'people', 'year', 'congress', 'and', 'great', 'law']
   (tmp_path / 'text.txt').write_text(' '.join(rng.choice(words, 600)))
   (tmp_path / 'tiny.py').write_text(CONFIG.format(train=str(tmp_path / 'text.txt')))
-  loop.run(flags.load_config(str(tmp_path / 'tiny.py'), []), tmp_path / 'first', hooks=[])
-  whole = tmp_path / 'first' / 'model'
-  sample = {
-      'encoder_tokens': rng.integers(3, 300, (4, 16)), 'weights': np.ones((4, 8), np.float32),
-      'decoder_tokens': rng.integers(3, 300, (4, 8)), 'targets': rng.integers(3, 300, (4, 8)),
+  experiment = flags.load_config(str(tmp_path / 'tiny.py'), list(settings))
+  loop.run(experiment, tmp_path / 'first', hooks=[])
+  draw = lambda length: rng.integers(3, 300, (4, length))
+  return tmp_path / 'first' / 'model', {
+      'encoder_tokens': draw(16), 'decoder_tokens': draw(8), 'targets': draw(8),
+      'weights': np.ones((4, 8), np.float32),
   }
+
+
+def test_from_a_folder_through_the_command(tmp_path, monkeypatch):
+  """Train, prune, recover: the manifest knows the texts and the teacher; a stopped run goes on."""
+  monkeypatch.chdir(ROOT)
+  whole, sample = first_model(tmp_path)
   compress(whole, moejax.prune('reap', experts=2), [sample], tmp_path / 'pruned')
   settings = ['train.steps=6', 'optim.warmup_steps=2', 'train.batch_size=8', 'mesh.data=1',
               'train.checkpoint_every=2', 'train.peak_flops_per_second=1e9', 'train.eval_every=0']
@@ -207,17 +213,7 @@ def test_from_a_folder_through_the_command(tmp_path, monkeypatch):
 def test_a_split_model_from_a_folder(tmp_path, monkeypatch):
   """Train a dense model, split it, fine-tune: what each recipe leaves alone stays as it was."""
   monkeypatch.chdir(ROOT)
-  rng = np.random.default_rng(0)
-  words = ['union', 'state', 'the', 'of', 'people', 'year', 'congress', 'and', 'great', 'law']
-  (tmp_path / 'text.txt').write_text(' '.join(rng.choice(words, 600)))
-  (tmp_path / 'tiny.py').write_text(CONFIG.format(train=str(tmp_path / 'text.txt')))
-  dense = ['model.family=t5', 'model.moe=null']
-  loop.run(flags.load_config(str(tmp_path / 'tiny.py'), dense), tmp_path / 'first', hooks=[])
-  whole = tmp_path / 'first' / 'model'
-  sample = {
-      'encoder_tokens': rng.integers(3, 300, (4, 16)), 'weights': np.ones((4, 8), np.float32),
-      'decoder_tokens': rng.integers(3, 300, (4, 8)), 'targets': rng.integers(3, 300, (4, 8)),
-  }
+  whole, sample = first_model(tmp_path, ['model.family=t5', 'model.moe=null'])
   compress(whole, moejax.moefy(4, share=0.5, choice='cosine'), [sample], tmp_path / 'split')
   settings = ['train.steps=4', 'optim.warmup_steps=1', 'train.batch_size=8', 'mesh.data=1',
               'train.checkpoint_every=0', 'train.peak_flops_per_second=1e9', 'train.eval_every=0',
