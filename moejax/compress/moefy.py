@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from kernels_pallas.neuron_select import ref
 from moejax import account
 from moejax.compress import (
   base,
@@ -171,13 +172,24 @@ class Moefy(base.Transform):
     )
 
   def caution(self, rows: Sequence[Mapping[str, Any]]) -> str:
+    percent = lambda share: f'{share:.0%}'.replace('%', ' %')
+    said = []
     active = max((row['active_neurons'] for row in rows), default=0.0)
-    if self.fill or active < _SMOOTH:
-      return ''
-    return (
-        f'{active:.0%} of the neurons are active, so that none can be left out for nothing: relufy '
-        'the model first (configs/relufy.py, configs/cut.py), or set fill=true'
-    ).replace('%', ' %', 1)
+    if not self.fill and active >= _SMOOTH:
+      said.append(
+          f'{percent(active)} of the neurons are active, so that none can be left out for nothing: '
+          'relufy the model first (configs/relufy.py, configs/cut.py), or set fill=true'
+      )
+    whole = [r for r in rows if r['chosen'] > ref.all_from(ref.FEW + 1, r['expert_size'])]
+    if whole:
+      row = max(whole, key=lambda r: r['chosen'])
+      said.append(
+          f'{percent(row["chosen"])} of experts of {row["expert_size"]} neurons are chosen: for '
+          f'more than {ref.FEW} tokens at once all are computed, which is quicker and takes as '
+          'long as the dense layer; larger experts, or fewer of them, save time (expert_size, '
+          'share)'
+      )
+    return '; '.join(said)
 
   def layer(
       self, plan: Mapping[str, Any], path: str, source: base.LeafSource,
@@ -228,6 +240,7 @@ class Moefy(base.Transform):
         'path': f'{path}/experts', 'transform': self.name, 'split': self.split,
         'choice': self.choice, 'experts': plan['experts'], 'top_k': fitted.top_k,
         **({'tau': fitted.tau} if self.rule != 'top' else {}),
+        'expert_size': len(own['wo'][0]), 'chosen': float(np.mean(kept)),
         'neurons_run': problem.neurons_run(kept), 'active_neurons': problem.active(),
         'mass_recall': fitted.recall, 'relative_output_error': problem.error(own, kept, fill),
         'tokens': len(x), 'bits_per_weight': 8.0 * dtypes['wi'].itemsize,

@@ -102,6 +102,17 @@ def test_untouched_layers_stay_and_numbers_differ_by_layer():
   )
 
 
+@pytest.mark.parametrize('rows, said', [
+    ([{'chosen': 0.2, 'expert_size': 32}], '20 % of experts of 32 neurons are chosen'),
+    ([{'chosen': 0.2, 'expert_size': 64}, {'chosen': 0.6, 'expert_size': 128}], '60 % of experts'),
+    ([{'chosen': 0.4, 'expert_size': 128}], ''),
+])
+def test_it_says_where_nothing_is_saved(rows, said):
+  """Above size / (size + 160) of the pairs: a sixth with experts of 32, 44 % with 128."""
+  found = moefy(6).caution([{'active_neurons': 0.1, **row} for row in rows])
+  assert found.startswith(said) and bool(found) == bool(said)
+
+
 def test_the_share_of_a_dynamic_number_is_the_one_asked_for():
   model, batches = small.model('opt'), small.batches('opt', 4)
   for rule in ('cumulative', 'above'):

@@ -44,25 +44,48 @@ def by_loops(x, experts, chosen, act):
 def test_every_path_is_the_loop(case, act, gated, biased):
   x, experts, chosen = problem(case, gated, biased)
   want = by_loops(x, experts, chosen, ACTS[act])
-  for path in (ref.neuron_select, ref.by_expert, ref.one_by_one, ref.everything):
+  for path in (
+      ref.neuron_select, ref.by_pair, ref.by_expert, ref.all_by_expert, ref.all_in_groups,
+      ref.everything,
+  ):
     got = jax.jit(lambda x, w, c, path=path: path(x, w, c, ACTS[act]))(x, experts, chosen)
     np.testing.assert_allclose(got, want, atol=2e-5, err_msg=path.__name__)
 
 
-def test_the_path_follows_what_was_chosen(monkeypatch):
-  x, experts, chosen = problem(cases.Case('', 65, 8, 16, 8, 0.3))
-  made = lambda mark: lambda x, experts, chosen, act: jnp.full(x.shape, mark)
-  for name, mark in (('everything', 1.0), ('by_expert', 2.0), ('one_by_one', 3.0)):
-    monkeypatch.setattr(ref, name, made(mark))
-  run = lambda x, chosen: float(ref.neuron_select(x, experts, chosen, jax.nn.relu)[0, 0])
-  assert run(x, jnp.asarray(chosen)) == 2.0
-  assert run(x, jnp.ones_like(chosen)) == 1.0
-  assert run(x[:64], jnp.ones_like(chosen[:64])) == 2.0
-  assert run(x[:2], jnp.asarray(chosen[:2]) & False) == 3.0
+@pytest.mark.parametrize('tokens, share, path', [
+    (1, 1.0, 'by_pair'), (4, 0.5, 'by_pair'), (4, 1.0, 'all_by_expert'), (32, 0.1, 'by_pair'),
+    (32, 0.5, 'all_by_expert'), (33, 0.02, 'by_expert'), (33, 0.5, 'all_in_groups'),
+    (9, 0.0, 'by_pair'), (300, 0.0, 'by_expert'),
+])
+def test_the_path_follows_tokens_and_what_was_chosen(tokens, share, path, monkeypatch):
+  """Experts of 8 neurons: above 32 tokens the limit is 8 / (8 + 160), below 1.2 / sqrt(tokens)."""
+  x, experts, _ = problem(cases.Case('', tokens, 64, 16, 8, 0.3))
+  chosen = np.arange(tokens * 64).reshape(tokens, 64) < share * tokens * 64
+  paths = ('by_pair', 'by_expert', 'all_by_expert', 'all_in_groups')
+  for mark, name in enumerate(paths):
+    made = lambda x, experts, chosen, act, mark=mark: jnp.full(x.shape, float(mark))
+    monkeypatch.setattr(ref, name, made)
+  got = ref.neuron_select(x, experts, jnp.asarray(chosen), jax.nn.relu)
+  assert paths[int(got[0, 0])] == path
 
 
-def test_bfloat16_keeps_its_dtype_and_sums_in_float32():
-  x, experts, chosen = problem(cases.Case('', 70, 6, 32, 16, 0.3), dtype=jnp.bfloat16)
+def test_from_which_share_on_all_experts_are_computed():
+  assert ref.all_from(1, 8) == 1.0
+  assert ref.all_from(16, 8) == 0.3
+  assert ref.all_from(512, 160) == 0.5
+
+
+@pytest.mark.parametrize('rows, columns, terms', [
+    (768, 32, 8), (4096, 1024, 32), (16, 8, 8), (7, 4096, 7), (1, 5, 1), (37, 5, 1),
+    (4096, 128, 8), (4096, 256, 16),
+])
+def test_sums_go_in_terms_that_divide_and_partial_sums_stay_small(rows, columns, terms):
+  assert ref._terms(rows, columns) == terms
+
+
+@pytest.mark.parametrize('tokens', (1, 8, 70, 300))
+def test_bfloat16_keeps_its_dtype_and_sums_in_float32(tokens):
+  x, experts, chosen = problem(cases.Case('', tokens, 6, 32, 16, 0.3), dtype=jnp.bfloat16)
   got = jax.jit(lambda x, w, c: api.neuron_select(x, w, c, jax.nn.relu))(x, experts, chosen)
   assert got.dtype == jnp.bfloat16
   want = by_loops(x, experts, chosen, jax.nn.relu)
