@@ -54,7 +54,7 @@ SUITES: dict[str, tuple[Worker, ...]] = {
         Worker(part='fewer', module='fewer_jax', needs=_JAX, seconds=90),
     ),
     'moefy': (
-        Worker(part='neurons', module='moefy_jax', needs=_JAX, seconds=60),
+        Worker(part='neurons', module='moefy_jax', needs=_JAX, seconds=500),
         Worker(part='clusters', module='clusters_jax', needs=_JAX, seconds=15),
         Worker(
             part='clusters', module='clusters_kmeans', needs=('k-means-constrained',), seconds=80

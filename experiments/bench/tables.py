@@ -16,7 +16,7 @@ TITLES = {
     'decoder': 'A Phi-MoE of hidden 512, 8 layers, 16 experts, two a token',
     'merge': 'Merging and pruning one layer; statistics (ours) against loops over tokens (peer)',
     'fewer': 'A Mixtral of width 256, 4 layers, 16 experts, compressed, against itself before',
-    'neurons': 'A fifth of the neurons of a layer 768x3072, router included, against all of them',
+    'neurons': 'A share of the neurons of a layer 768x3072, router included, against all of them',
     'clusters': 'Neurons into experts of equal size',
     'equal': 'Training that MoE (ours) against a dense decoder of equal active parameters (peer)',
 }
@@ -34,6 +34,10 @@ TARGETS = {
     ('neurons', '16 tokens'): 1.5,
     ('neurons', '64 tokens'): 1.5,
     ('neurons', '512 tokens'): 2.0,
+    **{
+        ('neurons', f'{tokens} at {share} %'): 0.95
+        for tokens in ('1 token', '8 tokens', '64 tokens', '512 tokens') for share in (50, 100)
+    },
     ('clusters', 'balanced clusters'): 1.0,
     ('clusters', 'their objective'): 1.0,
     ('decoder', 'forward pass'): 1.2,

@@ -23,7 +23,7 @@ FEW = 32
 BLOCKS = (256, 64, 16)
 SMALL_TOKENS, SMALL_BLOCKS = 64, (32, 8)
 # Gathering a token's row for an expert costs as much as so many of the expert's neurons.
-ROW_NEURONS = 160
+SMALL_ROW_NEURONS, ROW_NEURONS = 100, 160
 # Neurons whose weights are brought together for one product, where all are computed.
 GROUP_NEURONS = 512
 # Terms of a sum that one loop adds up, and elements of its partial sums.
@@ -34,7 +34,7 @@ def all_from(tokens: int, width: int) -> float:
   """The share of all pairs from which on computing all experts of `width` neurons is quicker."""
   if tokens <= FEW:
     return min(1.0, 1.2 / math.sqrt(tokens))
-  return width / (width + ROW_NEURONS)
+  return width / (width + (SMALL_ROW_NEURONS if tokens <= SMALL_TOKENS else ROW_NEURONS))
 
 
 def _expert(experts: Experts, e: jax.Array) -> dict[str, jax.Array]:

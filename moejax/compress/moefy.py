@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from kernels_pallas.neuron_select import ref
 from moejax import account
 from moejax.compress import (
   base,
@@ -25,6 +24,7 @@ from moejax.config import Activation, ModelConfig, StackConfig
 from moejax.config.moe import require_known, require_pattern
 from moejax.config.selection import RULES, SelectionConfig
 from moejax.errors import UserError
+from moejax.ops import selected
 
 # From this share of active neurons in a layer on a user is warned.
 _SMOOTH = 0.9
@@ -180,14 +180,15 @@ class Moefy(base.Transform):
           f'{percent(active)} of the neurons are active, so that none can be left out for nothing: '
           'relufy the model first (configs/relufy.py, configs/cut.py), or set fill=true'
       )
-    whole = [r for r in rows if r['chosen'] > ref.all_from(ref.FEW + 1, r['expert_size'])]
+    many = selected.MANY_TOKENS
+    whole = [r for r in rows if r['chosen'] > selected.dense_share(many, r['expert_size'])]
     if whole:
       row = max(whole, key=lambda r: r['chosen'])
       said.append(
           f'{percent(row["chosen"])} of experts of {row["expert_size"]} neurons are chosen: for '
-          f'more than {ref.FEW} tokens at once all are computed, which is quicker and takes as '
-          'long as the dense layer; larger experts, or fewer of them, save time (expert_size, '
-          'share)'
+          f'{many} tokens at once and more all are computed, which is quicker and '
+          'takes as long as the dense layer; larger experts, or fewer of them, save time '
+          '(expert_size, share)'
       )
     return '; '.join(said)
 

@@ -28,6 +28,15 @@ def selected_ffn(
   return y_md.reshape(x_btd.shape)
 
 
+# As many tokens as are gathered in large blocks.
+MANY_TOKENS = ref.SMALL_TOKENS + 1
+
+
+def dense_share(tokens: int, expert_size: int) -> float:
+  """The share of pairs of token and expert above which all experts are computed, as measured."""
+  return ref.all_from(tokens, expert_size)
+
+
 @functools.lru_cache
 def _units(activation: Act) -> Callable[..., jax.Array]:
   """One function for each activation: what is compiled goes by its identity."""

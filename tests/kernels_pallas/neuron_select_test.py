@@ -58,7 +58,7 @@ def test_every_path_is_the_loop(case, act, gated, biased):
     (9, 0.0, 'by_pair'), (300, 0.0, 'by_expert'),
 ])
 def test_the_path_follows_tokens_and_what_was_chosen(tokens, share, path, monkeypatch):
-  """Experts of 8 neurons: above 32 tokens the limit is 8 / (8 + 160), below 1.2 / sqrt(tokens)."""
+  """Experts of 8 neurons: above 32 tokens the limit is 8 / (8 + 100), below 1.2 / sqrt(tokens)."""
   x, experts, _ = problem(cases.Case('', tokens, 64, 16, 8, 0.3))
   chosen = np.arange(tokens * 64).reshape(tokens, 64) < share * tokens * 64
   paths = ('by_pair', 'by_expert', 'all_by_expert', 'all_in_groups')
