@@ -75,7 +75,7 @@ def _vector_dot(x_a: jax.Array, w_etrb: jax.Array, e: jax.Array) -> jax.Array:
   """x times one expert's matrix, float32 [1, columns].
 
   XLA adds slices up in one loop that reads the weights where they lie; for a product it would copy
-  them first. The ones keep it from summing the partial sums in that same loop, element by element.
+  them first.
   """
   _, terms, rows, columns = w_etrb.shape
   x_tr = x_a.reshape(terms, rows).astype(jnp.float32)
@@ -83,7 +83,17 @@ def _vector_dot(x_a: jax.Array, w_etrb: jax.Array, e: jax.Array) -> jax.Array:
   for t in range(terms):
     w_rb = jax.lax.dynamic_slice(w_etrb, (e, t, 0, 0), (1, 1, rows, columns))[0, 0]
     partial_rb = partial_rb + x_tr[t][:, None] * w_rb.astype(jnp.float32)
-  return jnp.matmul(jnp.ones((1, rows)), partial_rb, precision=jax.lax.Precision.HIGHEST)
+  return _sum_rows(partial_rb)
+
+
+def _sum_rows(x_rb: jax.Array) -> jax.Array:
+  """The sum, [1, columns], kept out of the loop that made x, which would go element by element.
+
+  Before 0.12 XLA drops the barrier too soon, and only a product is kept apart.
+  """
+  if jax.__version_info__ < (0, 12):
+    return jnp.matmul(jnp.ones((1, len(x_rb))), x_rb, precision=jax.lax.Precision.HIGHEST)
+  return jax.lax.optimization_barrier(x_rb).sum(0, keepdims=True)
 
 
 def by_pair(x_md: jax.Array, experts: Experts, chosen_me: jax.Array, act: Act) -> jax.Array:
