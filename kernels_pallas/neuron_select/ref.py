@@ -26,6 +26,8 @@ SMALL_TOKENS, SMALL_BLOCKS = 64, (32, 8)
 SMALL_ROW_NEURONS, ROW_NEURONS = 100, 160
 # Neurons whose weights are brought together for one product, where all are computed.
 GROUP_NEURONS = 512
+# So many rows, tokens times experts, are laid out for one product of all.
+LAID_OUT = 4096
 # Terms of a sum that one loop adds up, and elements of its partial sums.
 TERMS, MAX_TERMS, PARTIAL = 8, 32, 1 << 16
 
@@ -243,8 +245,10 @@ def neuron_select(
     x_md: jax.Array, experts: Experts, chosen_me: jax.Array, act: Act
 ) -> jax.Array:
   """See `api.neuron_select`; the path goes by the number of tokens and by what was chosen."""
-  chosen, every = (by_pair, all_by_expert) if len(x_md) <= FEW else (by_expert, all_in_groups)
-  limit = all_from(len(x_md), experts['wo'].shape[1])
+  m, e = chosen_me.shape
+  chosen = by_pair if m <= FEW else by_expert
+  every = all_by_expert if m <= FEW and m * e <= LAID_OUT else all_in_groups
+  limit = all_from(m, experts['wo'].shape[1])
   if limit == 1.0:
     return chosen(x_md, experts, chosen_me, act).astype(x_md.dtype)
   y_md = jax.lax.cond(

@@ -52,15 +52,16 @@ def test_every_path_is_the_loop(case, act, gated, biased):
     np.testing.assert_allclose(got, want, atol=2e-5, err_msg=path.__name__)
 
 
-@pytest.mark.parametrize('tokens, share, path', [
-    (1, 1.0, 'by_pair'), (4, 0.5, 'by_pair'), (4, 1.0, 'all_by_expert'), (32, 0.1, 'by_pair'),
-    (32, 0.5, 'all_by_expert'), (33, 0.02, 'by_expert'), (33, 0.5, 'all_in_groups'),
-    (9, 0.0, 'by_pair'), (300, 0.0, 'by_expert'),
+@pytest.mark.parametrize('tokens, e, share, path', [
+    (1, 64, 1.0, 'by_pair'), (4, 64, 0.5, 'by_pair'), (4, 64, 1.0, 'all_by_expert'),
+    (32, 64, 0.1, 'by_pair'), (32, 64, 0.5, 'all_by_expert'), (32, 256, 0.5, 'all_in_groups'),
+    (33, 64, 0.02, 'by_expert'), (33, 64, 0.5, 'all_in_groups'), (9, 64, 0.0, 'by_pair'),
+    (300, 64, 0.0, 'by_expert'),
 ])
-def test_the_path_follows_tokens_and_what_was_chosen(tokens, share, path, monkeypatch):
+def test_the_path_follows_tokens_and_what_was_chosen(tokens, e, share, path, monkeypatch):
   """Experts of 8 neurons: above 32 tokens the limit is 8 / (8 + 100), below 1.2 / sqrt(tokens)."""
-  x, experts, _ = problem(cases.Case('', tokens, 64, 16, 8, 0.3))
-  chosen = np.arange(tokens * 64).reshape(tokens, 64) < share * tokens * 64
+  x, experts, _ = problem(cases.Case('', tokens, e, 16, 8, 0.3))
+  chosen = np.arange(tokens * e).reshape(tokens, e) < share * tokens * e
   paths = ('by_pair', 'by_expert', 'all_by_expert', 'all_in_groups')
   for mark, name in enumerate(paths):
     made = lambda x, experts, chosen, act, mark=mark: jnp.full(x.shape, float(mark))
