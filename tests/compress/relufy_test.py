@@ -172,8 +172,10 @@ def test_a_smooth_model_is_split_with_a_warning():
     report = compress(model, step, batches).report
   assert len(report['warnings']) == 1
   filled = moefy.moefy(expert_size=4, choice='cosine', fill=True)
-  assert compress(model, filled, batches).report['warnings'] == []
-  assert compress(small.model('opt'), step, small.batches('opt', 2)).report['warnings'] == []
+  for made in (
+      compress(model, filled, batches), compress(small.model('opt'), step, small.batches('opt', 2))
+  ):
+    assert not any('are active' in said for said in made.report['warnings'])
 
 
 @pytest.mark.parametrize('kind', ['relu', 'shifted', 'drelu', 'prosparse', 'hoyer', 'above'])

@@ -98,8 +98,12 @@ def test_the_moefy_suite_runs(tmp_path):
   assert done.returncode == 0, done.stderr
   result = json.loads(out.read_text())
   assert {r['part'] for r in result['comparisons']} == {'neurons', 'clusters'}
-  layers = [r for r in result['comparisons'] if 'token' in r['metric'] and r['peer']]
-  assert len(layers) == 2 and all(r['ratio'] > 0 for r in layers)
+  rows = [r for r in result['comparisons'] if 'token' in r['metric'] and r['peer']]
+  assert all(r['ratio'] > 0 for r in rows)
+  assert [r['metric'] for r in rows] == [
+      '1 token', '40 tokens', '40 tokens', '40 tokens at 50 %', '40 tokens at 100 %',
+      '512 tokens in, 64 out, forward', '32 tokens out after 16 in, greedy',
+  ]
 
 
 def test_tables_of_terminal_and_page_are_those_of_the_json(quick):
