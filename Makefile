@@ -52,7 +52,7 @@ evidence: $(VENV)/.installed-test
 	$(BIN)/python -m experiments.train --config configs/grin_tiny.py:dense --workdir runs/llama \
 	  --set model.family=llama --set model.norm=rms --set train.steps=600 \
 	  --set optim.decay_steps=200
-	$(BIN)/python -m experiments.moefied --model runs/llama/model --seeds 0 --shares 0.2,0.5 \
+	$(BIN)/python -m experiments.moefied --model runs/llama/model \
 	  --pairs shared/representatives,clusters/oracle,clusters/mlp,clusters/average,clusters/norm \
 	  --samples 48 --test_samples 48 --out experiments/evidence/moefied_llama.json \
 	  --page experiments/RESULTS_MOEFIED_LLAMA.md

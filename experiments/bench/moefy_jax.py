@@ -23,7 +23,7 @@ from moejax.compress import chooser_core, compress, router_training
 from moejax.config import EncDecConfig
 from moejax.generate import generate
 from moejax.model import Model
-from moejax.ops import ffn
+from moejax.ops import ffn, norm
 from moejax.routing import choice
 
 D, D_FF, LAYERS, SHARE = 768, 3072, 12, 0.2
@@ -54,14 +54,14 @@ def as_dense(w: Weights) -> Weights:
   }
 
 
-def _unit_square(x_md: jax.Array) -> jax.Array:
-  return x_md / jnp.sqrt(jnp.mean(x_md**2, axis=-1, keepdims=True) + 1e-6)
+def _normed(x_md: jax.Array) -> jax.Array:
+  return norm.rms_norm(x_md, jnp.ones(x_md.shape[1]), 1e-6)
 
 
 @jax.jit
 def dense(layers: list[Weights], x_md: jax.Array) -> jax.Array:
   for w in layers:
-    x_md = x_md + ffn.dense_ffn(w, _unit_square(x_md), 'relu')
+    x_md = x_md + ffn.dense_ffn(w, _normed(x_md), 'relu')
   return x_md
 
 
@@ -76,7 +76,7 @@ def selected(
   """
   loads, found = [], []
   for i, w in enumerate(layers):
-    x = _unit_square(x_md)
+    x = _normed(x_md)
     scores = choice.scores(w, x, 'mlp')
     if k:
       chosen = choice.top(scores, k)

@@ -204,18 +204,17 @@ def all_in_groups(x_md: jax.Array, experts: Experts, chosen_me: jax.Array, act: 
   }
   chosen_gmn = chosen_me.reshape(m, e // group, group).swapaxes(0, 1)
 
+  def together(name, w):
+    if name in ('wi', 'gate'):
+      return w.swapaxes(0, 1).reshape(d, group * f)
+    return w.reshape(group * f, *w.shape[2:])
+
   def step(y_md, given):
     own, chosen_mn = given
-
-    def product(name):
-      y_mf = _dot(x_md, own[name].swapaxes(0, 1).reshape(d, group * f))
-      bias = own.get(f'{name}_bias')
-      return y_mf if bias is None else y_mf + bias.reshape(1, -1).astype(y_mf.dtype)
-
-    hidden_mnf = act(*(product(name) for name in ('wi', 'gate') if name in own))
-    hidden_mnf = jnp.where(chosen_mn[..., None], hidden_mnf.reshape(m, group, f), 0.0)
-    hidden = hidden_mnf.reshape(m, group * f).astype(x_md.dtype)
-    return y_md + _dot(hidden, own['wo'].reshape(group * f, d)), None
+    chosen_mh = jnp.repeat(chosen_mn, f, axis=1)
+    masked = lambda *products: jnp.where(chosen_mh, act(*products), 0.0)
+    one = {name: together(name, w) for name, w in own.items()}
+    return y_md + _block(one, x_md, masked), None
 
   zeros = jnp.zeros(x_md.shape, jnp.float32)
   y_md = jax.lax.scan(step, zeros, (grouped_experts, chosen_gmn))[0]

@@ -186,9 +186,8 @@ class Moefy(base.Transform):
       row = max(whole, key=lambda r: r['chosen'])
       said.append(
           f'{percent(row["chosen"])} of experts of {row["expert_size"]} neurons are chosen: for '
-          f'{many} tokens at once and more all are computed, which is quicker and '
-          'takes as long as the dense layer; larger experts, or fewer of them, save time '
-          '(expert_size, share)'
+          f'{many} tokens at once and more all are computed, which is quicker, and no time is '
+          'saved; larger experts, or fewer of them, save some (expert_size, share)'
       )
     return '; '.join(said)
 

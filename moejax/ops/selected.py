@@ -13,6 +13,9 @@ from moejax.config import Act
 from moejax.ops import ffn, moe
 from moejax.routing.types import Routing
 
+# As many tokens as are gathered in large blocks.
+MANY_TOKENS = ref.SMALL_TOKENS + 1
+
 
 def selected_ffn(
     experts: Mapping[str, Any], x_btd: jax.Array, routing: Routing, activation: Act
@@ -26,10 +29,6 @@ def selected_ffn(
   x_md = x_btd.reshape(-1, x_btd.shape[-1])
   y_md = vjp.neuron_select(x_md, experts, chosen(routing), _units(activation))
   return y_md.reshape(x_btd.shape)
-
-
-# As many tokens as are gathered in large blocks.
-MANY_TOKENS = ref.SMALL_TOKENS + 1
 
 
 def dense_share(tokens: int, expert_size: int) -> float:
