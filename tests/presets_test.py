@@ -33,6 +33,14 @@ def test_every_preset_has_a_published_count():
   assert {*PUBLISHED_BILLIONS, *RELEASED, 'opt-66b'} == set(presets.PRESETS)
 
 
+@pytest.mark.long(but=(
+    'switch-base-8',
+    'switch-c-2048',
+    't5-base',
+    't5-small',
+    't5-v1_1-small',
+    't5-11b',
+))
 @pytest.mark.parametrize('name', PUBLISHED_BILLIONS)
 def test_parameter_count(name):
   billions = tree.count(model.abstract_params(presets.preset(name))) / 1e9

@@ -89,6 +89,7 @@ def test_the_commands_of_the_readme_have_these_flags(command):
   assert f'python -m {module}' in help_text, 'no example'
 
 
+@pytest.mark.long
 def test_the_sizes_of_the_readme_are_what_its_command_prints():
   (command,) = re.findall(r'`(python -c "[^`]*)`', README)
   before = resource.getrusage(resource.RUSAGE_CHILDREN)

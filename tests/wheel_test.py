@@ -90,6 +90,7 @@ print('fine')
 '''
 
 
+@pytest.mark.long
 def test_it_works_away_from_the_repository(wheel, tmp_path):
   with zipfile.ZipFile(wheel) as archive:
     archive.extractall(tmp_path / 'site')

@@ -13,6 +13,7 @@ def rows():
   return {row['model']: row for row in account.published_sizes()}
 
 
+@pytest.mark.long
 def test_published_models_are_smaller_than_published(rows):
   for row in rows.values():
     assert row['moejax_gb'] < row['moejax_as_published_gb'] < row['qmoe_published_gb']

@@ -60,6 +60,7 @@ def test_compress_text(folder):
   assert not isinstance(experts['encoder']['layers_1']['ffn']['experts']['wi'], weights.Packed)
 
 
+@pytest.mark.long
 def test_prune_and_merge_text(folder):
   common = ('--model', folder / 'model', '--calibration', folder / 'text.txt', '--samples', 4,
             '--statistics', folder / 'statistics.npz')
@@ -105,6 +106,7 @@ def test_fields_of_merging_and_pruning_can_be_set(monkeypatch):
     flags.load_config('configs/prune.py', ['expert=2'])
 
 
+@pytest.mark.long(but=('None',))
 @pytest.mark.parametrize('model', ['switch-c-2048', None])
 def test_dry_run_writes_nothing(folder, model):
   before = sorted(folder.rglob('*'))
@@ -129,6 +131,12 @@ def test_dry_run_of_an_unknown_model(folder):
   assert done.returncode == 2 and "did you mean 'switch-c-2048'" in done.stderr
 
 
+@pytest.mark.long(but=(
+    "change0-did you mean 'ternary'",
+    'change3---calibration is missing',
+    'change7-binary.txt is a binary file',
+    "change8-unknown flag --calibation (did you mean 'calibration'?)",
+))
 @pytest.mark.parametrize('change,message', [
     ({'--config': 'configs/qmoe.py:ternry'}, "did you mean 'ternary'"),
     ({'--set': 'matrix.dampin=1'}, "did you mean 'damping'"),

@@ -45,6 +45,7 @@ np.save(sys.argv[3], np.asarray(model.apply(*tokens.values()).logits_btv))
 '''
 
 
+@pytest.mark.long(but=('switch-merge, decompose, ternary', 'mixtral-prune, 2-bit'))
 @pytest.mark.parametrize('family, name', [
     *((family, name) for family in FAMILIES for name in list(CHAINS)[:2]),
     ('mixtral', 'prune, decompose, 4-bit'),
@@ -84,6 +85,7 @@ def test_chains(family, name, tmp_path):
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
+@pytest.mark.long(but=('mixtral',))
 @pytest.mark.parametrize('family', ('switch', 'mixtral'))
 def test_everything_kept_is_the_weight(family):
   model = small.model(family)
@@ -93,6 +95,7 @@ def test_everything_kept_is_the_weight(family):
   )
 
 
+@pytest.mark.long(but=('magnitude',))
 @pytest.mark.parametrize('sensitivity', ('gradients', 'magnitude'))
 def test_the_share_is_kept_under_one_threshold(sensitivity):
   model = small.model('mixtral')
@@ -115,6 +118,7 @@ def test_the_share_is_kept_under_one_threshold(sensitivity):
     np.testing.assert_allclose(dense[:, rest], np.asarray(left[e] @ right[e])[:, rest], atol=1e-5)
 
 
+@pytest.mark.long
 def test_ranks():
   model, batches = small.model('mixtral'), small.batches('mixtral')
   made = lambda **how: tree.flatten(compress(

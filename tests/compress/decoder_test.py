@@ -60,6 +60,7 @@ def whole_loss(model, made):
   return -(picked * made['weights']).sum() / made['weights'].sum()
 
 
+@pytest.mark.long(but=('omega',))
 @pytest.mark.parametrize('name', MODELS)
 def test_the_walk_is_the_model_and_compressed_experts_run(name):
   model = Model.init(MODELS[name], jax.random.key(0))

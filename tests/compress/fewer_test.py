@@ -50,6 +50,7 @@ def same(a, b):
     np.testing.assert_array_equal(np.asarray(leaf), np.asarray(flat[1][path]), err_msg=path)
 
 
+@pytest.mark.long(but=('mixtral', 'switch'))
 @pytest.mark.parametrize('family', FAMILIES)
 def test_all_experts_kept_is_the_model(family):
   model = small.model(family)
@@ -62,6 +63,7 @@ def test_all_experts_kept_is_the_model(family):
   )
 
 
+@pytest.mark.long(but=('mixtral', 'grin'))
 @pytest.mark.parametrize('family', FAMILIES)
 def test_copies_in_any_order_merge_without_loss(family):
   """Two experts that differ in the order of their units are one after alignment."""
@@ -79,6 +81,7 @@ def test_copies_in_any_order_merge_without_loss(family):
   assert np.abs(small.logits(plain, family) - small.logits(model, family)).max() > 1e-2
 
 
+@pytest.mark.long(but=('mixtral', 'grin'))
 @pytest.mark.parametrize('family', FAMILIES)
 def test_pruned_experts_never_get_a_token(family):
   result = run(family, moejax.prune('reap', experts=4))
@@ -195,6 +198,7 @@ def test_a_dry_run_tells_the_size(family, step):
   assert told['after'] == {**made.report['after'], 'loss': None}
 
 
+@pytest.mark.long(but=('mixtral', 'olmoe', 'qwen2_moe'))
 @pytest.mark.parametrize('family', FAMILIES)
 def test_to_hugging_face_and_back(family, tmp_path):
   pruned = run(family, moejax.prune('reap', experts=4)).model
@@ -279,6 +283,7 @@ def test_summed_groups_choose_by_summed_probabilities(family):
   np.testing.assert_array_equal(np.asarray(routing.choice_mk[:, 0]), summed.argmax(1))
 
 
+@pytest.mark.long
 def test_the_walk_is_the_merged_model():
   """The report's loss, from the walk behind a changed router, is that of the model it made."""
   for family, step in (

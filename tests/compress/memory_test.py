@@ -50,6 +50,7 @@ def save_model(folder, layers):
   return str(folder)
 
 
+@pytest.mark.long
 def test_peak_memory_is_independent_of_layers(tmp_path):
   models = [save_model(tmp_path / str(layers), layers) for layers in (2, 12)]
   # In one process: what XLA's compiler takes at its height differs by megabytes between processes.

@@ -267,6 +267,7 @@ def test_logits_of_the_merged_models(make, merged, model, switch):
     np.testing.assert_allclose(run(params), merged[f'{tag}/logits'], atol=1e-4, err_msg=tag)
 
 
+@pytest.mark.long
 def test_similarities_by_gradients(switch, stats, model):
   loss, grads = jax.jit(jax.value_and_grad(lambda p: switch.loss(model.config, p)))(model.params)
   np.testing.assert_allclose(loss, switch.data['out/loss'], rtol=1e-6)

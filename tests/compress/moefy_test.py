@@ -62,6 +62,13 @@ def name(value):
   return value if isinstance(value, str) else '_'.join(map(str, value.values())) or 'default'
 
 
+@pytest.mark.long(but=(
+    't5-default',
+    'bert-cosine_True_True',
+    'llama-shared_0.3333333333333333_representatives',
+    'opt-random_oracle',
+    'llama_biased-random_True_True',
+))
 @pytest.mark.parametrize('family, way', ALL, ids=name)
 def test_all_experts_are_the_dense_layer_and_some_are_what_the_report_says(family, way):
   model, batches = small.model(family), small.batches(family, 4)
@@ -174,6 +181,7 @@ def test_fitting_lessens_the_error_that_is_told(family):
   assert 0 < errors[1] < 0.9 * errors[0]
 
 
+@pytest.mark.long(but=('axes1',))
 @pytest.mark.parametrize('axes', ((1, 2, 1), (1, 1, 2), (2, 2, 1)))
 def test_a_split_model_is_the_same_on_a_mesh(axes):
   model, batches = small.model('opt'), small.batches('opt', 4)
@@ -234,6 +242,7 @@ def test_a_folder_is_made_resumed_and_read_again(tmp_path, monkeypatch):
       before['active_parameters_per_token'] + router - 2 * 3 * 16 * 12)
 
 
+@pytest.mark.long(but=('opt',))
 @pytest.mark.parametrize('family', ('t5_gated', 'opt'))
 def test_one_after_the_other(family):
   model, batches = small.model(family), small.batches(family, 4)

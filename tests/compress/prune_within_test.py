@@ -123,6 +123,7 @@ def test_gates_are_those_of_the_router():
   np.testing.assert_allclose(gates, sums['gate'], rtol=1e-5)
 
 
+@pytest.mark.long(but=('qwen2_moe',))
 @pytest.mark.parametrize('family', ('switch', 'qwen2_moe'))
 def test_units_that_add_nothing_go_without_a_trace(family, tmp_path):
   model = small.model(family)

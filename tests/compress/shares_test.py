@@ -66,6 +66,7 @@ def test_drawn_and_uniform_keep_the_budget():
     shares_core.fit(rng.uniform(0.1, 1, (4, 2)), [1.0, np.nan, 2.0, 3.0])
 
 
+@pytest.mark.long
 def test_a_search_over_a_model(tmp_path):
   model, batches = small.model('opt'), small.batches('opt', 4)
   split = compress(model, moefy.moefy(12, share=0.5, choice='cosine'), batches).model

@@ -183,6 +183,7 @@ def test_mcsmoe_counts_dropped_choices_and_padding(tmp_path):
     stats.measure(model, [batch], compat='mcsmoe')
 
 
+@pytest.mark.long(but=('mixtral',))
 @pytest.mark.parametrize('family', ('mixtral', 'switch'))
 def test_gradients_are_those_of_the_loss(family, tmp_path):
   model, batches = small.model(family), small.batches(family, 1)

@@ -17,6 +17,7 @@ small = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(small)
 
 
+@pytest.mark.long(but=('llama-2-2',))
 @pytest.mark.parametrize('family, top_k, every', [
     ('t5', 1, 2), ('t5_gated', 2, 1), ('llama', 2, 2)
 ])

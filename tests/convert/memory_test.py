@@ -112,6 +112,7 @@ def test_loading_takes_the_target_and_at_most_two_of_its_largest_leaves(source):
   assert growth > target  # else nothing was measured
 
 
+@pytest.mark.long
 def test_streaming_between_folders_takes_no_more_than_a_few_experts(source):
   expert = STACK // 16
   ours, back = source.parent / 'ours', source.parent / 'back'
@@ -128,6 +129,7 @@ def test_export_from_memory_takes_no_more_than_two_of_the_largest_leaves(source)
   assert peak_growth(EXPORT, source, source.parent / 'export')[0] < STACK
 
 
+@pytest.mark.long
 @pytest.mark.torch
 def test_a_torch_file_is_mapped_too(tmp_path):
   import dataclasses

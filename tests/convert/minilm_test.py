@@ -61,6 +61,7 @@ def test_the_same_outputs(model):
   np.testing.assert_allclose(pooled, want.pooler_output.numpy(), atol=1e-5)
 
 
+@pytest.mark.long
 def test_relu_split_route_and_fit(model):
   batch, layer = rows(), 'encoder/layers_2/ffn'
   states = lambda m: np.asarray(

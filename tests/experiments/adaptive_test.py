@@ -26,6 +26,7 @@ def run(*arguments):
   )
 
 
+@pytest.mark.long
 def test_small_models(tmp_path):
   (tmp_path / 'text.txt').write_text(TEXT)
   shape = dict(

@@ -36,6 +36,7 @@ def quick(tmp_path_factory):
   return done, json.loads(out.read_text()), page.read_text()
 
 
+@pytest.mark.long
 def test_json_says_where_and_how(quick):
   _, result, _ = quick
   assert result['machine']['memory_gb'] > 0 and result['machine']['cpu']
@@ -78,6 +79,7 @@ def test_torch_peers_are_measured_and_did_the_same(quick):
   assert next(m for m in forward if not m['ours'])['threads'] == len(result['settings']['cpus'])
 
 
+@pytest.mark.long
 @pytest.mark.torch
 def test_the_suite_of_merging(tmp_path):
   out = tmp_path / 'merge.json'
@@ -92,6 +94,7 @@ def test_the_suite_of_merging(tmp_path):
   assert not [r for r in compared if r['verdict'] == 'not the same work']
 
 
+@pytest.mark.long
 def test_the_moefy_suite_runs(tmp_path):
   out = tmp_path / 'moefy.json'
   done = bench('--suite', 'moefy', '--quick', '--rounds', '1', '--out', str(out))
@@ -262,6 +265,7 @@ def test_results_page_of_the_repository_can_be_regenerated():
   assert tables.by_hand(pathlib.Path(suites.ROOT, 'experiments', 'BENCHMARKS.md'))
 
 
+@pytest.mark.long
 def test_the_decoder_suite_compares_equal_models():
   """transformers and ours load one folder: the same logits, the same greedy tokens."""
   done = bench('--suite', 'decoder', '--quick', '--rounds', '1')

@@ -46,6 +46,7 @@ def finished(tmp_path_factory):
   return flags, folder / 'run', done, before
 
 
+@pytest.mark.long
 def test_it_compares_all_rows(finished):
   _, workdir, done, _ = finished
   values = common.read(workdir / 'report.json')
@@ -97,6 +98,7 @@ def test_a_missing_checkpoint_is_one_line(tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.long
 def test_a_full_disk_is_one_line(tmp_path):
   flags = {**common.make_checkpoint(tmp_path), 'workdir': str(tmp_path / 'run')}
   done = common.run('demo', room=1, **flags)

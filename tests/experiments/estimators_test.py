@@ -31,6 +31,7 @@ def written(tmp_path_factory):
   return out
 
 
+@pytest.mark.long
 def test_what_is_exact_is_zero_and_the_rest_is_not(written):
   result = json.loads(written.with_suffix('.json').read_text())
   assert result['problems'] == 5 and result['logit_scales'] == list(SCALES)

@@ -49,6 +49,7 @@ def test_prints_json_of_everything_asked(flags, tmp_path):
   assert result['examples'][0]['pieces'] and result['examples'][0]['fills']
 
 
+@pytest.mark.long
 def test_measures_a_decoder_in_the_same_way(tmp_path):
   (tmp_path / 'words').mkdir()
   for name, seed in (('train', 0), ('test', 1)):

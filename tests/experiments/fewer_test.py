@@ -29,6 +29,7 @@ def run(*arguments):
   )
 
 
+@pytest.mark.long
 def test_two_methods(tmp_path):
   (tmp_path / 'text.txt').write_text(TEXT)
   tokenizer = tokenizer_lib.train([TEXT], 512)
@@ -72,6 +73,7 @@ def test_two_methods(tmp_path):
   assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.long
 def test_a_task_and_recovery(tmp_path):
   """Labels that a word gives away are learnt; a cut model trains back towards the model before."""
   tokenizer = tokenizer_lib.train([TEXT + 'war peace ' * 50], 512)

@@ -31,6 +31,7 @@ def run(module, *arguments):
   )
 
 
+@pytest.mark.long
 def test_pairs_of_a_dense_model(tmp_path):
   (tmp_path / 'text.txt').write_text(TEXT)
   config = EncDecConfig(
@@ -96,6 +97,7 @@ def test_probes():
   assert probe.fidelity(x, x) == pytest.approx(1) and probe.fidelity(x, -x) == pytest.approx(-1)
 
 
+@pytest.mark.long
 def test_embeddings_of_an_encoder(tmp_path):
   words = {'a': 'war and peace in the north', 'b': 'the market fell by a tenth'}
   for name in ('bbc', 'r8'):

@@ -26,6 +26,7 @@ def test_notebook_is_shipped_without_output():
   assert all(not cell.outputs and cell.execution_count is None for cell in code)
 
 
+@pytest.mark.long
 def test_notebook_runs(tmp_path, monkeypatch):
   flags = common.make_checkpoint(tmp_path)
   for name, value in {

@@ -81,6 +81,7 @@ def test_every_variant_has_the_same_active_parameters_and_data():
     flags.load_config('configs/grin_tiny.py:grin-miks')
 
 
+@pytest.mark.long
 def test_one_run_of_the_study(tmp_path):
   small = ['model.num_layers=1', 'model.d_model=32', 'model.d_ff=32', 'model.moe.d_ff=16',
            'model.d_head=16', 'model.num_heads=2', 'model.num_kv_heads=1', 'train.steps=4',

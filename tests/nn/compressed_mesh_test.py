@@ -78,6 +78,7 @@ def make_mesh(data, expert, tensor):
   return sharding.make_mesh(config_lib.MeshConfig(data=data, expert=expert, tensor=tensor))
 
 
+@pytest.mark.long(but=('shape1',))
 @pytest.mark.parametrize('shape', [(1, 1, 1), (1, 2, 1), (2, 4, 1), (2, 2, 2)])
 def test_same_logits_on_every_mesh(shape):
   mesh = make_mesh(*shape)
@@ -86,6 +87,7 @@ def test_same_logits_on_every_mesh(shape):
   assert np.ptp(without_mesh()) > 1
 
 
+@pytest.mark.long
 def test_codes_that_are_not_laid_out_serve_as_well():
   mesh = make_mesh(1, 4, 1)
   two = {p: leaf if tree.is_array(leaf) else leaf.sharded(2)
@@ -130,6 +132,7 @@ def test_a_placed_model_is_stored_whole_and_loads_onto_a_mesh(tmp_path):
   np.testing.assert_allclose(logits(on_mesh.params, mesh), without_mesh(), atol=2e-5)
 
 
+@pytest.mark.long
 def test_gradients_in_the_levels_are_those_of_one_device():
   experts = {'wi': node('mixed', F, D), 'wo': node('ternary', D, F)}
   keys = jax.random.split(jax.random.key(3), 2)

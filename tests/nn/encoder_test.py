@@ -47,6 +47,7 @@ def test_padding_does_not_matter_and_order_does():
   assert np.abs(np.asarray(model.apply(changed).logits_btv - got)[1, 0]).max() > 1e-4
 
 
+@pytest.mark.long
 def test_commands_that_make_no_sense_of_it(tmp_path):
 
   config = EncoderConfig(

@@ -54,6 +54,7 @@ def test_the_ensemble_is_the_mean_of_models_with_a_part_of_the_experts(count):
   np.testing.assert_allclose(np.exp(got).sum(-1), 1, atol=1e-5)
 
 
+@pytest.mark.long
 def test_of_an_encoder_decoder_with_masks():
   model = Model.init(SWITCH, jax.random.key(0))
   mask = np.arange(12)[None] < np.array([12, 7, 3])[:, None]
@@ -76,6 +77,7 @@ def test_members_never_meet():
       assert set(choice[row] // 2) == {row % 3}
 
 
+@pytest.mark.long(but=('3',))
 @pytest.mark.parametrize('accumulate', [1, 3])
 def test_training_is_the_mean_over_members(accumulate):
   run = config_lib.Experiment(

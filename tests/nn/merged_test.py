@@ -74,6 +74,7 @@ def merged(request):
   return kind, Model(config, tree.unflatten(flat))
 
 
+@pytest.mark.long(but=('decoder',))
 def test_it_is_the_model_with_a_copy_for_every_choice(merged):
   kind, model = merged
   whole = Model(MAKE[kind](), expanded(model.params))
@@ -100,6 +101,7 @@ def test_layers_hold_what_the_config_says(merged):
   assert account.summary(model.params, model.config)['parameters'] == whole - saved
 
 
+@pytest.mark.long(but=('decoder',))
 def test_saved_loaded_and_generated_from(merged, tmp_path):
   kind, model = merged
   model.save(tmp_path / 'merged')
@@ -114,6 +116,7 @@ def test_saved_loaded_and_generated_from(merged, tmp_path):
   assert [list(row) for row in ours.tokens] == [list(row) for row in theirs.tokens]
 
 
+@pytest.mark.long(but=('decoder',))
 def test_it_can_be_quantized_behind_its_map(merged):
   kind, model = merged
   rng = np.random.default_rng(2)

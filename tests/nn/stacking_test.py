@@ -6,6 +6,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from moejax import config as config_lib
 from moejax import model, sharding
@@ -45,6 +46,7 @@ def test_shapes_stack_as_arrays_do():
   assert shapes == arrays
 
 
+@pytest.mark.long
 def test_an_encoder_decoder_is_the_same_stacked_and_sharded():
   def loss(p, mesh, remat):
     output = model.forward(CONFIG, p, batch(), mesh=mesh, remat=remat, keep_states=True)

@@ -39,6 +39,7 @@ def experiment(tmp_path, config=CONFIG, **changes):
   )
 
 
+@pytest.mark.long(but=('True',))
 @pytest.mark.parametrize('scan', [False, True])
 def test_masked_words_are_learned(scan, tmp_path):
   run = dataclasses.replace(experiment(tmp_path), model=dataclasses.replace(
@@ -83,6 +84,7 @@ def test_labels_are_learned_at_the_first_token():
   assert float(metrics['accuracy']) == 1.0
 
 
+@pytest.mark.long
 def test_hidden_states_of_a_teacher_are_learned(tmp_path):
   config = dataclasses.replace(CONFIG, vocab_size=300, head='none', pooler=True)
   teacher = Model.init(config, jax.random.key(0))

@@ -79,6 +79,7 @@ def last_losses(workdir):
   return {(row['kind'], row['step']): row['loss'] for row in rows}
 
 
+@pytest.mark.long
 def test_killed_at_a_random_step_ends_in_the_same_model(config, tmp_path):
   whole, broken = tmp_path / 'whole', tmp_path / 'broken'
   done = run(config, whole)
@@ -144,6 +145,7 @@ def test_a_finished_run_leaves_everything_behind(config, tmp_path):
   assert loop.run(experiment, workdir, hooks=[idle.append])['step'] == 6 and not idle
 
 
+@pytest.mark.long
 def test_overfits_a_tiny_text(config, tmp_path):
   (tmp_path / 'train.txt').write_text('we the people of the united states in order to form ' * 3)
   experiment = flags.load_config(
@@ -158,6 +160,7 @@ def test_overfits_a_tiny_text(config, tmp_path):
   assert seen[-1].metrics['accuracy'] > 0.8
 
 
+@pytest.mark.long
 def test_time_is_up(config, tmp_path):
   experiment = flags.load_config(
       str(config), ['train.max_seconds=0.001', 'data.valid_files=[]']
@@ -223,6 +226,7 @@ def test_a_folder_that_is_no_model_is_noticed_before_training(config, tmp_path):
   assert [p.name for p in (tmp_path / 'run').iterdir()] == ['model']
 
 
+@pytest.mark.long(but=('2000-tokenizer.json',))
 @pytest.mark.parametrize('room, named', [(2000, 'tokenizer.json'), (20_000, 'checkpoints')])
 def test_a_full_disk_ends_in_one_line_and_exit_code_2(config, tmp_path, room, named):
   """No file can grow past so many bytes: first the tokenizer does not fit, then a checkpoint."""

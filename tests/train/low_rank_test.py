@@ -118,6 +118,7 @@ def test_what_is_not_trained_is_left_out(common):
     optim.split_trained(rules(('.*', 0.0)), setup.params)
 
 
+@pytest.mark.long
 def test_the_rest_is_pruned_to_the_share_and_compacts(common):
   setup = common.setup(common.experiment())
   experiment = factored(setup.experiment, kept=0.25, train={'steps': 8})
@@ -139,6 +140,7 @@ def test_the_rest_is_pruned_to_the_share_and_compacts(common):
   np.testing.assert_allclose(got, want, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.long
 def test_sharded_and_stacked_it_is_the_same_run(common):
   setup = common.setup(common.experiment())
   one = factored(setup.experiment, kept=0.5, train={'steps': 8})

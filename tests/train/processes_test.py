@@ -97,6 +97,7 @@ def finish(started):
     assert process.returncode == 0, stderr
 
 
+@pytest.mark.long
 def test_four_train_one_dies_and_two_go_on(config, tmp_path):
   """Each process makes its own rows of every batch, so nothing is lost or seen twice."""
   workdir = tmp_path / 'run'

@@ -58,6 +58,7 @@ def changed(experiment, model, **settings):
   return config_lib.apply_overrides(dataclasses.replace(experiment, model=model.config), sets)
 
 
+@pytest.mark.long
 def test_a_merged_model_trains_and_keeps_its_map(teacher):
   setup, model = teacher
   student = student_of(teacher, moejax.merge((1, 3)))
@@ -74,6 +75,7 @@ def test_a_merged_model_trains_and_keeps_its_map(teacher):
   assert 'distillation' not in history[0]
 
 
+@pytest.mark.long(but=('published-1-cosine', 'published-2-'))
 @pytest.mark.parametrize('reduction, accumulate, form', (
     ('token', 2, ''), ('published', 2, ''), ('published', 1, 'mse'), ('published', 1, 'cosine'),
 ))
@@ -122,6 +124,7 @@ def test_only_routers_learn(teacher):
     assert same != ('/router/' in path), path
 
 
+@pytest.mark.long
 def test_sharded_it_is_the_same_run(teacher):
   setup, model = teacher
   student = student_of(teacher, moejax.merge((2, 4)))
@@ -167,6 +170,7 @@ def first_model(tmp_path, settings=()):
   }
 
 
+@pytest.mark.long
 def test_from_a_folder_through_the_command(tmp_path, monkeypatch):
   """Train, prune, recover: the manifest knows the texts and the teacher; a stopped run goes on."""
   monkeypatch.chdir(ROOT)
@@ -210,6 +214,7 @@ def test_from_a_folder_through_the_command(tmp_path, monkeypatch):
   assert files[0] == files[1]
 
 
+@pytest.mark.long
 def test_a_split_model_from_a_folder(tmp_path, monkeypatch):
   """Train a dense model, split it, fine-tune: what each recipe leaves alone stays as it was."""
   monkeypatch.chdir(ROOT)

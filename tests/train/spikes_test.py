@@ -66,6 +66,7 @@ def test_a_run_that_only_skips_ends():
       watch.add(50 + i, metrics(True))
 
 
+@pytest.mark.long
 def test_a_run_that_diverges_keeps_its_last_good_checkpoint(common, tmp_path):
   (tmp_path / 'text.txt').write_text('we the people of the united states ' * 60)
   settings = dict(

@@ -14,6 +14,7 @@ from moejax.train import step as step_lib
 MESHES = {'8x1x1': (8, 1, 1), '2x4x1': (2, 4, 1), '2x2x2': (2, 2, 2)}
 
 
+@pytest.mark.long(but=('2x2x2',))
 @pytest.mark.parametrize('name', MESHES)
 def test_same_loss_on_every_mesh(common, name):
   one = common.setup(common.experiment(model__dropout_rate=0.2))
@@ -70,6 +71,7 @@ def _gradients(common, **overrides):
   return jax.jit(fn)(*args)
 
 
+@pytest.mark.long(but=('overrides1',))
 @pytest.mark.parametrize('overrides', [{'train__accumulate': 4}, {'train__remat': True}])
 def test_the_gradient_does_not_depend_on_how_it_is_computed(common, overrides):
   want, want_metrics = _gradients(common)
@@ -83,6 +85,7 @@ def test_the_gradient_does_not_depend_on_how_it_is_computed(common, overrides):
     np.testing.assert_allclose(got_metrics[name], want_metrics[name], rtol=1e-5)
 
 
+@pytest.mark.long
 def test_bfloat16_is_close_and_keeps_float32_parameters(common):
   made, full = (
       common.setup(common.experiment(train__compute_dtype=d)) for d in ('bfloat16', 'float32')
