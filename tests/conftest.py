@@ -69,8 +69,8 @@ def pytest_addoption(parser):
 def pytest_configure(config):
   config.addinivalue_line('markers', 'torch: needs torch and transformers')
   config.addinivalue_line(
-      'markers', 'long(but=ids): a whole command or one of many cases, whose parts have quick tests; '
-      'of a function with parameters the cases `but` stay quick'
+      'markers', 'long(but=ids): a whole command or one of many cases, whose parts have quick '
+      'tests; of a function with parameters the cases `but` stay quick'
   )
   config.addinivalue_line(
       'markers', 'once: long, and no version of JAX changes what it shows: on one Python is enough'

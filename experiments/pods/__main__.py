@@ -6,10 +6,7 @@ Example:
   python -m experiments.pods --out experiments/evidence/pods
 """
 
-import json
-import os
 import pathlib
-import subprocess
 import sys
 from typing import Any
 
@@ -17,11 +14,11 @@ from absl import flags
 import tqdm
 
 from experiments import flags as common
+from experiments import tpu_compiler
 from experiments.pods import plans, table
-from moejax import errors, files
+from moejax import files
 
 FLAGS = flags.FLAGS
-ROOT = pathlib.Path(__file__).parents[2]
 
 
 def compile_plan(plan: plans.Plan) -> dict[str, Any]:
@@ -30,23 +27,10 @@ def compile_plan(plan: plans.Plan) -> dict[str, Any]:
   Raises:
     UserError: it failed, with its last line.
   """
-  done = subprocess.run(
-      [sys.executable, '-m', 'experiments.pods.compile_step',
-       '--config', f'configs/{plan.config}.py:{plan.variant}', '--slice', plan.slice],
-      cwd=ROOT, env=environment(), capture_output=True, text=True, check=False,
+  return tpu_compiler.run(
+      'experiments.pods.compile_step', '--config', f'configs/{plan.config}.py:{plan.variant}',
+      '--slice', plan.slice, name=plan.name,
   )
-  if done.returncode:
-    last = (done.stderr.strip().splitlines() or ['no output'])[-1]
-    raise errors.UserError(f'{plan.name}: {last[:400]}')
-  return json.loads(done.stdout.splitlines()[-1])
-
-
-def environment() -> dict[str, str]:
-  """With the TPU compiler that `make` installs beside the packages, where nothing else sees it."""
-  beside = pathlib.Path(sys.prefix) / 'tpu'
-  paths = [str(beside), os.environ.get('PYTHONPATH', '')] if beside.is_dir() else []
-  extra = {'PYTHONPATH': os.pathsep.join(filter(None, paths))} if paths else {}
-  return {**os.environ, **extra}
 
 
 def main() -> None:

@@ -90,8 +90,10 @@ def dense(weight: Any) -> np.ndarray:
     rows = dequantize(
         weight.symbols(), levels.astype(np.float32), weight.width, weight.group_size or weight.cols
     )
-  elif isinstance(weight, weights.Ternary | weights.TernaryV1):
-    rows = dequantize(weight.symbols(), np.asarray(weight.levels, np.float32), 'ternary')
+  elif isinstance(weight, weights.Ternary | weights.TernaryV1 | weights.PackedTernary):
+    two = isinstance(weight, weights.PackedTernary)
+    levels = np.asarray(weight.row_levels() if two else weight.levels, np.float32)
+    rows = dequantize(weight.symbols(), levels, 'ternary')
   else:
     return np.asarray(weight.dense(jnp.float32))
   return np.swapaxes(rows, 1, 2)

@@ -13,6 +13,7 @@ import numpy as np
 
 from kernels_pallas.grouped_matmul import ref as grouped
 from kernels_pallas.subbit_matmul import api as subbit
+from kernels_pallas.ternary_matmul import api as two_bit
 from moejax import weights
 from moejax.codec import ternary_jax
 from moejax.ops import expert_dot
@@ -24,6 +25,10 @@ def compressed_expert_dot(x_md: jax.Array, node: Any, group_sizes_e: jax.Array) 
   if isinstance(node, weights.Ternary) and x_md.shape[0] == 1:
     y_f = ternary_matvec(x_md[0], node, jnp.argmax(group_sizes_e))
     return jnp.where(group_sizes_e.sum() > 0, y_f, 0.0).astype(x_md.dtype)[None]
+  if isinstance(node, weights.PackedTernary):
+    return two_bit.ternary_matmul(
+        x_md, jnp.asarray(node.words), jnp.asarray(node.levels), group_sizes_e
+    )
   if isinstance(node, weights.LowRankSparse):
     return low_rank_sparse_dot(x_md, node, group_sizes_e)
   return grouped.grouped_matmul(

@@ -4,11 +4,15 @@ from moejax.weights.base import WeightNode
 from moejax.weights.low_rank_sparse import LowRankSparse
 from moejax.weights.mixed import Mixed
 from moejax.weights.packed import Packed
+from moejax.weights.packed_ternary import PackedTernary, two_bit
 from moejax.weights.ternary import Ternary
 from moejax.weights.ternary_v1 import TernaryV1
 
 NODE_CLASSES: dict[str, type[WeightNode]] = {
-    c.__name__: c for c in (Ternary, TernaryV1, Packed, Mixed, LowRankSparse)
+    c.__name__: c for c in (Ternary, TernaryV1, Packed, PackedTernary, Mixed, LowRankSparse)
 }
 
-__all__ = ['NODE_CLASSES', 'LowRankSparse', 'Mixed', 'Packed', 'Ternary', 'TernaryV1', 'WeightNode']
+__all__ = [
+    'NODE_CLASSES', 'LowRankSparse', 'Mixed', 'Packed', 'PackedTernary', 'Ternary', 'TernaryV1',
+    'WeightNode', 'two_bit',
+]

@@ -13,11 +13,12 @@ import numpy as np
 from moejax.weights import base
 from moejax.weights.mixed import Mixed
 from moejax.weights.packed import Packed
+from moejax.weights.packed_ternary import PackedTernary
 from moejax.weights.ternary import Ternary
 from moejax.weights.ternary_v1 import TernaryV1
 
 KEPT_CLASSES: dict[str, type[base.WeightNode]] = {
-    c.__name__: c for c in (Ternary, TernaryV1, Packed, Mixed)
+    c.__name__: c for c in (Ternary, TernaryV1, Packed, PackedTernary, Mixed)
 }
 _ARRAY = 'array'
 

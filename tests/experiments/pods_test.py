@@ -12,8 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 import pytest
 
-from experiments import flags
-from experiments.pods import __main__ as command
+from experiments import flags, tpu_compiler
 from experiments.pods import flops, hlo, plans, table
 
 pytestmark = pytest.mark.once
@@ -140,7 +139,7 @@ def test_a_small_step_compiles_for_a_real_slice(tmp_path, way):
   done = subprocess.run(
       [sys.executable, '-m', 'experiments.pods.compile_step', '--config', f'{path}:{way}',
        '--slice', 'v5e-4'],
-      cwd=ROOT, env=command.environment(), capture_output=True, text=True, check=False,
+      cwd=ROOT, env=tpu_compiler.environment(), capture_output=True, text=True, check=False,
   )
   assert done.returncode == 0, done.stderr[-2000:]
   result = json.loads(done.stdout.splitlines()[-1])

@@ -30,6 +30,9 @@ def make(name):
     return weights.Ternary.from_symbols(symbols(), levels())
   if name == 'ternary_v1':
     return weights.TernaryV1.from_symbols(symbols(), levels())
+  if name.startswith('packed_ternary'):
+    size = np.abs(levels()) if name.endswith('two') else np.abs(levels()[..., 1:])
+    return weights.PackedTernary.from_symbols(symbols(), size * [-1, 1])
   if name == 'packed':
     scale = levels()[..., 1] / 4
     return weights.Packed.from_symbols(symbols(high=8), scale, np.full_like(scale, 3), bits=3)
@@ -40,7 +43,9 @@ def make(name):
   return weights.Mixed.from_parts(parts, [[4, 1], [0, 2, 5], [3]])
 
 
-each_node = pytest.mark.parametrize('name', ['ternary', 'ternary_v1', 'packed', 'mixed'])
+each_node = pytest.mark.parametrize('name', [
+    'ternary', 'ternary_v1', 'packed', 'packed_ternary_one', 'packed_ternary_two', 'mixed',
+])
 
 
 @each_node

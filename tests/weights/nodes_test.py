@@ -53,6 +53,11 @@ def ternary():
   return weights.Ternary.from_symbols(symbols, levels), ternary_values(symbols, levels)
 
 
+def packed_ternary():
+  node, values = ternary()
+  return weights.PackedTernary.from_node(node), values
+
+
 def ternary_v1():
   symbols, levels = ternary_symbols(), ternary_levels()
   return weights.TernaryV1.from_symbols(symbols, levels), ternary_values(symbols, levels)
@@ -73,6 +78,7 @@ def mixed():
 NODES = {
     'ternary': ternary,
     'ternary_v1': ternary_v1,
+    'packed_ternary': packed_ternary,
     'packed_2': lambda: packed(2),
     'packed_3': lambda: packed(3),
     'packed_4_groups': lambda: packed(4, 32, ml_dtypes.bfloat16),
