@@ -85,6 +85,11 @@ def read_ours(folder):
   model.check_source(store.Source(folder, verify=True))
 
 
+@pytest.mark.long(but=(
+    'ours-manifest.json-kept0',
+    'theirs-config.json-kept2',
+    'theirs-model.safetensors.index.json-kept3',
+))
 @pytest.mark.parametrize('kind, name, kept', [
     ('ours', 'manifest.json', {'format', 'plan', 'provenance', 'seed'}),
     ('ours', 'config.json', set()),

@@ -26,6 +26,7 @@ def test_published_models_are_smaller_than_published(rows):
   assert not jax.live_arrays() or sum(a.nbytes for a in jax.live_arrays()) < 1e9
 
 
+@pytest.mark.long
 def test_published_table_is_one():
   table = account.published_table().splitlines()
   assert len(table) == 5

@@ -242,7 +242,7 @@ def test_a_folder_is_made_resumed_and_read_again(tmp_path, monkeypatch):
       before['active_parameters_per_token'] + router - 2 * 3 * 16 * 12)
 
 
-@pytest.mark.long(but=('opt',))
+@pytest.mark.long
 @pytest.mark.parametrize('family', ('t5_gated', 'opt'))
 def test_one_after_the_other(family):
   model, batches = small.model(family), small.batches(family, 4)

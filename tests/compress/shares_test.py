@@ -85,6 +85,7 @@ def test_a_search_over_a_model(tmp_path):
   assert sorted(p.name for p in tmp_path.iterdir()) == ['out', 'split']
 
 
+@pytest.mark.long
 def test_a_killed_search_goes_on(tmp_path, monkeypatch):
   model, batches = small.model('opt'), small.batches('opt', 2)
   split = compress(model, moefy.moefy(6, share=0.5, choice='cosine'), batches).model

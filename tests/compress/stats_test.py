@@ -44,6 +44,7 @@ def close(found, want, name):
   np.testing.assert_allclose(found, want, rtol=1e-5, atol=atol, err_msg=name)
 
 
+@pytest.mark.long(but=('mixtral', 'switch'))
 @pytest.mark.parametrize('family', FAMILIES)
 def test_they_are_those_of_a_plain_forward_pass(family):
   model, batches = small.model(family), small.batches(family)

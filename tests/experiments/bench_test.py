@@ -50,6 +50,7 @@ def test_json_says_where_and_how(quick):
     assert m['min'] <= m['median'] <= m['max'] and m['samples']
 
 
+@pytest.mark.long
 def test_every_part_has_its_rows(quick):
   _, result, _ = quick
   rows = result['comparisons']

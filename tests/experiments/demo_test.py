@@ -71,6 +71,7 @@ def test_it_compares_all_rows(finished):
   assert 'QMoE searched grid' in page and 'http' not in page
 
 
+@pytest.mark.long
 def test_what_was_done_before_the_kill_was_kept(finished):
   _, workdir, done, before = finished
   assert {'train.json', 'compress_rtn.json', 'evaluate_bf16.json'} <= set(before)

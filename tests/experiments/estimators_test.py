@@ -53,6 +53,7 @@ def test_what_is_exact_is_zero_and_the_rest_is_not(written):
       assert constant == {'topk', 'densemixer'} | linear
 
 
+@pytest.mark.long
 def test_the_picture_is_a_png_of_some_size(written):
   content = written.with_suffix('.png').read_bytes()
   assert content[:8] == b'\x89PNG\r\n\x1a\n'

@@ -128,7 +128,7 @@ def get_config(way):
 '''
 
 
-@pytest.mark.long(but=('expert',))
+@pytest.mark.long
 @pytest.mark.skipif(
     not (pathlib.Path(sys.prefix) / 'tpu' / 'libtpu').is_dir(), reason='no TPU compiler'
 )

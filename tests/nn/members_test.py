@@ -77,7 +77,7 @@ def test_members_never_meet():
       assert set(choice[row] // 2) == {row % 3}
 
 
-@pytest.mark.long(but=('3',))
+@pytest.mark.long
 @pytest.mark.parametrize('accumulate', [1, 3])
 def test_training_is_the_mean_over_members(accumulate):
   run = config_lib.Experiment(

@@ -39,7 +39,7 @@ def experiment(tmp_path, config=CONFIG, **changes):
   )
 
 
-@pytest.mark.long(but=('True',))
+@pytest.mark.long
 @pytest.mark.parametrize('scan', [False, True])
 def test_masked_words_are_learned(scan, tmp_path):
   run = dataclasses.replace(experiment(tmp_path), model=dataclasses.replace(

@@ -85,6 +85,7 @@ def test_a_scale_of_alpha_over_rank(common):
   np.testing.assert_allclose(node.dense(jnp.float32)[0], got, rtol=1e-6)
 
 
+@pytest.mark.long
 def test_adapters_alone_learn_and_fold(common):
   setup = common.setup(common.experiment())
   experiment = factored(

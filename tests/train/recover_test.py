@@ -75,7 +75,7 @@ def test_a_merged_model_trains_and_keeps_its_map(teacher):
   assert 'distillation' not in history[0]
 
 
-@pytest.mark.long(but=('published-1-cosine', 'published-2-'))
+@pytest.mark.long(but=('published-2-',))
 @pytest.mark.parametrize('reduction, accumulate, form', (
     ('token', 2, ''), ('published', 2, ''), ('published', 1, 'mse'), ('published', 1, 'cosine'),
 ))

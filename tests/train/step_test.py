@@ -71,7 +71,7 @@ def _gradients(common, **overrides):
   return jax.jit(fn)(*args)
 
 
-@pytest.mark.long(but=('overrides1',))
+@pytest.mark.long
 @pytest.mark.parametrize('overrides', [{'train__accumulate': 4}, {'train__remat': True}])
 def test_the_gradient_does_not_depend_on_how_it_is_computed(common, overrides):
   want, want_metrics = _gradients(common)
