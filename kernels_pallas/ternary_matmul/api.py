@@ -3,8 +3,9 @@
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from kernels_pallas.ternary_matmul import layout, ref, tpu
+from kernels_pallas.ternary_matmul import gpu, layout, ref, tpu
 
 
 class Cost(NamedTuple):
@@ -19,7 +20,7 @@ def ternary_matmul(
 ) -> jax.Array:
   """y[rows of e] = x[rows of e] W_e, [m, f] in x's dtype, accumulated in float32.
 
-  The kernel on TPU, where it `supports` the product; XLA on every other device.
+  The kernel on TPU, where it `supports` the product; loops in XLA on CPU; else expanded experts.
 
   See the package for the arguments. One level an output halves the kernel's products.
 
@@ -36,11 +37,12 @@ def ternary_matmul(
         f'ternary_matmul: x {x_md.shape}, words {words_ewf.shape}, levels {levels_enf.shape} and '
         f'group sizes {group_sizes_e.shape} do not fit'
     )
-  if tpu.supports(m, d, f, e, x_md.dtype):
-    return ref.ternary_matmul(x_md, words_ewf, levels_enf, group_sizes_e)
+  if not (m and e):
+    return jnp.zeros((m, f), x_md.dtype)
+  refused = tpu.supports(m, d, f, e, x_md.dtype)
   return jax.lax.platform_dependent(
-      x_md, words_ewf, levels_enf, group_sizes_e,
-      tpu=tpu.ternary_matmul, default=ref.ternary_matmul,
+      x_md, words_ewf, levels_enf, group_sizes_e, cpu=ref.ternary_matmul,
+      tpu=gpu.ternary_matmul if refused else tpu.ternary_matmul, default=gpu.ternary_matmul,
   )
 
 

@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.ternary_matmul import api, cases, layout, ref, tpu
+from kernels_pallas.ternary_matmul import api, cases, gpu, layout, ref, tpu
 
 PRODUCTS = {
-    'ref': ref.ternary_matmul, 'tpu': functools.partial(tpu.ternary_matmul, interpret=True),
+    'ref': jax.jit(ref.ternary_matmul), 'gpu': jax.jit(gpu.ternary_matmul),
+    'tpu': functools.partial(tpu.ternary_matmul, interpret=True),
 }
 CASES = pytest.mark.parametrize('case', cases.CHECKED, ids=lambda c: c.name)
 
