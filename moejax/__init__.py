@@ -58,7 +58,9 @@ _PUBLIC = {
     'Ternary': 'moejax.weights',
     'TernaryV1': 'moejax.weights',
     'Packed': 'moejax.weights',
+    'PackedTernary': 'moejax.weights',
     'LowRankSparse': 'moejax.weights',
+    'two_bit': 'moejax.weights',
     # accounting
     'summary': 'moejax.account',
 }

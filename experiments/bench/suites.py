@@ -53,6 +53,10 @@ SUITES: dict[str, tuple[Worker, ...]] = {
         Worker(part='merge', module='merge_torch', needs=('torch',), seconds=30),
         Worker(part='fewer', module='fewer_jax', needs=_JAX, seconds=90),
     ),
+    'kernels': (
+        Worker(part='products', module='kernels_jax', needs=_JAX, seconds=120),
+        Worker(part='schedules', module='kernels_tpu', needs=_JAX, seconds=60),
+    ),
     'moefy': (
         Worker(part='neurons', module='moefy_jax', needs=_JAX, seconds=500),
         Worker(part='clusters', module='clusters_jax', needs=_JAX, seconds=15),

@@ -18,6 +18,8 @@ TITLES = {
     'fewer': 'A Mixtral of width 256, 4 layers, 16 experts, compressed, against itself before',
     'neurons': 'A share of the neurons of a layer 768x3072, router included, against all of them',
     'clusters': 'Neurons into experts of equal size',
+    'products': 'A product with one expert on CPU, below four bits a weight and in float32',
+    'schedules': 'TPU kernels, not run: bundles for 2048 x 512 weights, and cycles to read them',
     'equal': 'Training that MoE (ours) against a dense decoder of equal active parameters (peer)',
 }
 # (part, metric): how many times better than the peer ours should be.
@@ -38,6 +40,10 @@ TARGETS = {
         ('neurons', f'{tokens} at {share} %'): 0.95
         for tokens in ('1 token', '8 tokens', '64 tokens', '512 tokens') for share in (50, 100)
     },
+    ('products', 'ternary, two bits, two levels'): 1.0,
+    ('products', 'ternary, two bits, one level'): 1.0,
+    ('products', 'ternary, below one bit'): 0.5,
+    **{('products', f'{bits}-bit with scale and zero'): 1.0 for bits in (2, 3, 4)},
     ('clusters', 'balanced clusters'): 1.0,
     ('clusters', 'their objective'): 1.0,
     ('decoder', 'forward pass'): 1.2,

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 LARGE_ROWS, MIDDLE_ROWS, SMALL_ROWS = 256, 64, 16
+PIECE = 256
 
 
 def row_buckets(rows: int) -> tuple[int, ...]:
@@ -72,38 +73,65 @@ def block_of(
   return start, ((row_m >= first) & (row_m < first + left))[:, None]
 
 
+def piece_of(rows: int) -> int:
+  """Rows of a stored matrix that are multiplied at a time: a divisor near 256, or all of them.
+
+  XLA copies what it multiplies: a piece is copied into the cache, a whole matrix through memory.
+  """
+  near = [n for n in range(PIECE // 2, 2 * PIECE + 1) if rows % n == 0]
+  return min(near, key=lambda n: abs(math.log(n / PIECE)), default=rows)
+
+
 def grouped_matmul(
     x_md: jax.Array,
-    get_expert: Callable[[jax.Array], jax.Array],
+    get_rows: Callable[[jax.Array, jax.Array | int], jax.Array],
     group_sizes_e: jax.Array,
     out_dim: int,
     *,
+    piece: int | None = None,
     transpose: bool = False,
 ) -> jax.Array:
-  """y[rows of e] = x[rows of e] @ get_expert(e), rows sorted by expert; returns [m, out_dim].
+  """y[rows of e] = x[rows of e] w_e, rows sorted by expert; returns [m, out_dim].
 
   Args:
     x_md: rows of expert 0 first, then 1, ...; rows past sum(group_sizes_e) give 0.
-    get_expert: a traced expert index -> its matrix [d, f] ([f, d] with `transpose`). It is called
-      once for each expert that has rows, so a compressed expert is expanded once and dropped.
+    get_rows: expert e and i (traced) -> rows i piece to (i + 1) piece of its stored matrix, which
+      is w_e [d, f], or with `transpose` its transpose [f, d].
     group_sizes_e: int32 rows of each expert.
+    piece: divides the rows of the stored matrix; None for all of them, which are then made once
+      for each expert that has rows, and else once for each of its blocks.
 
   Accumulates in float32, returns x's dtype. Cost: 2 * m * d * f operations on rows rounded up to
   the small block, plus one read of each active expert.
   """
-  m = x_md.shape[0]
+  m, d = x_md.shape
   buckets = row_buckets(m)
+  stored = out_dim if transpose else d
+  size = piece or stored
+  pieces = stored // size
   contract = (((1,), (1 if transpose else 0,)), ((), ()))
+  dot = functools.partial(
+      jax.lax.dot_general, dimension_numbers=contract, preferred_element_type=jnp.float32
+  )
+
+  def in_pieces(x_block, e):
+    def add(i, y_block):
+      w = get_rows(e, i).astype(x_block.dtype)
+      if transpose:
+        return jax.lax.dynamic_update_slice_in_dim(y_block, dot(x_block, w), i * size, 1)
+      return y_block + dot(jax.lax.dynamic_slice_in_dim(x_block, i * size, size, 1), w)
+
+    return jax.lax.fori_loop(0, pieces, add, jnp.zeros((len(x_block), out_dim), jnp.float32))
 
   def expert(e, start, rows, y):
-    w = get_expert(e).astype(x_md.dtype)
+    whole: Any = get_rows(e, 0).astype(x_md.dtype) if pieces == 1 else None
 
-    def block(first, left, size, y):
-      at, own = block_of(first, left, size, m)
-      x_block = jax.lax.dynamic_slice_in_dim(x_md, at, size)
-      y_block = jax.lax.dot_general(x_block, w, contract, preferred_element_type=jnp.float32)
+    def block(first, left, count, y):
+      at, own = block_of(first, left, count, m)
+      x_block = jax.lax.dynamic_slice_in_dim(x_md, at, count)
+      y_block = in_pieces(x_block, e) if pieces > 1 else dot(x_block, whole)
       y_block = jnp.where(
-          own, y_block.astype(y.dtype), jax.lax.dynamic_slice_in_dim(y, at, size)
+          own, y_block.astype(y.dtype), jax.lax.dynamic_slice_in_dim(y, at, count)
       )
       return jax.lax.dynamic_update_slice_in_dim(y, y_block, at, 0)
 
@@ -116,9 +144,11 @@ def product(
     x_md: jax.Array, w_edf: jax.Array, group_sizes_e: jax.Array, *, transpose: bool = False
 ) -> jax.Array:
   """See `api.product`."""
-  pick = lambda e: jax.lax.dynamic_index_in_dim(w_edf, e, 0, keepdims=False)
+  _, d, f = w_edf.shape
+  piece = piece_of(d)
+  rows = lambda e, i: jax.lax.dynamic_slice(w_edf, (e, i * piece, 0), (1, piece, f))[0]
   return grouped_matmul(
-      x_md, pick, group_sizes_e, w_edf.shape[1 if transpose else 2], transpose=transpose
+      x_md, rows, group_sizes_e, d if transpose else f, piece=piece, transpose=transpose
   )
 
 

@@ -13,6 +13,6 @@ def ternary_matmul(
   pick = lambda a, e: jax.lax.dynamic_index_in_dim(a, e, 0, keepdims=False)
   return grouped.grouped_matmul(
       x_md,
-      lambda e: layout.dense(pick(words_ewf, e), pick(levels_enf, e), x_md.shape[1], x_md.dtype),
+      lambda e, _: layout.dense(pick(words_ewf, e), pick(levels_enf, e), x_md.shape[1], x_md.dtype),
       group_sizes_e, words_ewf.shape[2],
   )

@@ -12,6 +12,8 @@ import numpy as np
 from kernels_pallas.grouped_matmul import ref as grouped
 from kernels_pallas.ternary_matmul import layout
 
+# Rows a block; an expert's rows go in the smallest that holds them, since each decodes anew.
+_BLOCKS = (1, 8, 32, 128)
 _MASKS = (np.uint32(0xC0000000), np.uint32(0x40000000))
 # How far a weight's bits are from the top of its word, by step and half.
 _SHIFTS = (2 * np.arange(layout.STEPS)[:, None] + 16 * np.array([1, 0])).astype(np.uint32)
@@ -75,9 +77,9 @@ def ternary_matmul(
 
       return lambda y: grouped.loop_over_blocks(start, rows, buckets, block, y)
 
-    if m == 1:
-      return blocks(_one_row, (1,))(y)
-    several = blocks(_rows, grouped.row_buckets(m))
-    return jax.lax.cond(rows == 1, blocks(_one_row, (1,)), several, y)
+    sizes = [*(size for size in _BLOCKS[:-1] if size < m), min(m, _BLOCKS[-1])]
+    branches = [blocks(_one_row if size == 1 else _rows, (size,)) for size in sizes]
+    least = sum((rows > size).astype(jnp.int32) for size in sizes[:-1])
+    return jax.lax.switch(least, branches, y) if len(sizes) > 1 else branches[0](y)
 
   return grouped.loop_over_experts(group_sizes_e, expert, jnp.zeros((m, f), x_md.dtype))

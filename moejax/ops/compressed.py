@@ -32,7 +32,7 @@ def compressed_expert_dot(x_md: jax.Array, node: Any, group_sizes_e: jax.Array) 
   if isinstance(node, weights.LowRankSparse):
     return low_rank_sparse_dot(x_md, node, group_sizes_e)
   return grouped.grouped_matmul(
-      x_md, lambda e: node.expert_rows(e, x_md.dtype), group_sizes_e, node.shape[2],
+      x_md, lambda e, _: node.expert_rows(e, x_md.dtype), group_sizes_e, node.shape[2],
       transpose=True,
   )
 
@@ -92,7 +92,7 @@ def _fwd(x_md, node, group_sizes_e):
 def _bwd(residuals, dy_mf):
   x_md, node, group_sizes_e = residuals
   dx_md = grouped.grouped_matmul(
-      dy_mf, lambda e: node.expert_rows(e, dy_mf.dtype), group_sizes_e, node.shape[1]
+      dy_mf, lambda e, _: node.expert_rows(e, dy_mf.dtype), group_sizes_e, node.shape[1]
   )
   dnode = node_gradient(x_md, node, group_sizes_e, dy_mf)
   return dx_md.astype(x_md.dtype), dnode, np.zeros(group_sizes_e.shape, jax.dtypes.float0)

@@ -68,6 +68,7 @@ def test_every_part_has_its_rows(quick):
 
 
 @pytest.mark.torch
+@pytest.mark.long
 def test_torch_peers_are_measured_and_did_the_same(quick):
   _, result, _ = quick
   assert result['skipped'] == {}
@@ -110,6 +111,19 @@ def test_the_moefy_suite_runs(tmp_path):
   ]
 
 
+@pytest.mark.long
+def test_the_suite_of_kernels(tmp_path):
+  out = tmp_path / 'kernels.json'
+  done = bench('--suite', 'kernels', '--quick', '--rounds', '1', '--out', str(out))
+  assert done.returncode == 0, done.stderr
+  rows = json.loads(out.read_text())['comparisons']
+  assert {r['part'] for r in rows} == {'products', 'schedules'}
+  assert all(r['ratio'] and r['ratio'] > 0 for r in rows)
+  products = [r for r in rows if r['part'] == 'products']
+  assert all(r['target'] for r in products) and len(products) == 4 * 6
+
+
+@pytest.mark.long
 def test_tables_of_terminal_and_page_are_those_of_the_json(quick):
   done, result, page = quick
   assert done.stdout.strip() == tables.text(result)
@@ -119,6 +133,7 @@ def test_tables_of_terminal_and_page_are_those_of_the_json(quick):
     assert '| ' + ' | '.join(tables.cells(row)) + ' |' in lines
 
 
+@pytest.mark.long
 def test_render_measures_nothing_and_keeps_what_is_written_by_hand(quick, tmp_path):
   _, result, page = quick
   saved, copy = tmp_path / 'bench.json', tmp_path / 'page.md'

@@ -87,6 +87,23 @@ def test_float16_runs_where_the_kernel_knows_only_bfloat16_and_float32():
   np.testing.assert_allclose(y, product64(case, x, w), atol=2e-2)
 
 
+@pytest.mark.parametrize('rows,piece', [
+    (768, 256), (2080, 260), (6400, 256), (1408, 352), (131, 131), (521, 521), (24, 24), (509, 509),
+])
+def test_a_matrix_is_multiplied_in_pieces_that_divide_it(rows, piece):
+  assert ref.piece_of(rows) == piece
+
+
+@pytest.mark.parametrize('d', (521, 768, 2080))
+def test_pieces_add_up_to_the_whole(d):
+  case = cases.Case('pieces', (1, 0, 9, 40), 2, d, 24)
+  x, w, dy, sizes = operands(case)
+  y = ref.product(jnp.nan_to_num(x), w, sizes)
+  np.testing.assert_allclose(y, product64(case, np.nan_to_num(x), w), atol=5e-4)
+  dx = ref.product(dy, w, sizes, transpose=True)
+  np.testing.assert_allclose(dx, product64(case, dy, np.swapaxes(w, 1, 2)), atol=2e-4)
+
+
 @pytest.mark.parametrize('size,limit,expected', [
     (24, 1024, 24), (1024, 1024, 1024), (6400, 1024, 640), (2080, 1024, 512),
     (1600, 1024, 512), (3072, 512, 512),
