@@ -143,6 +143,6 @@ def packed_node(
   like = jax.ShapeDtypeStruct
   levels = like((e, rows, -(-cols // group_size) if group_size else 1), level_dtype)
   return weights.Packed(
-      words=like((e, rows, packing.words_per_row(cols, bits)), np.uint32), scale=levels,
+      words=like((e, packing.words_per_column(cols, bits), rows), np.uint32), scale=levels,
       zero=levels, cols=cols, width=bits, group_size=group_size or 0,
   )

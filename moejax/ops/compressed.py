@@ -31,9 +31,13 @@ def compressed_expert_dot(x_md: jax.Array, node: Any, group_sizes_e: jax.Array) 
     )
   if isinstance(node, weights.LowRankSparse):
     return low_rank_sparse_dot(x_md, node, group_sizes_e)
+  _, d, f = node.shape
+  piece = grouped.piece_of(d)
+  if isinstance(node, weights.Packed) and piece % 32 == 0:
+    inputs = lambda e, i: node.inputs_at(e, i * piece, piece, x_md.dtype)
+    return grouped.grouped_matmul(x_md, inputs, group_sizes_e, f, piece=piece)
   return grouped.grouped_matmul(
-      x_md, lambda e, _: node.expert_rows(e, x_md.dtype), group_sizes_e, node.shape[2],
-      transpose=True,
+      x_md, lambda e, _: node.expert_rows(e, x_md.dtype), group_sizes_e, f, transpose=True
   )
 
 

@@ -20,7 +20,7 @@ class Packed(base.WeightNode):
   """Weights scale * (symbol - zero), symbols in 0 .. 2^width - 1.
 
   Attributes:
-    words: uint32 [e, rows, w], see `codec.packing`.
+    words: uint32 [e, w, rows], see `codec.packing`.
     scale, zero: bf16 or float32 [e, rows, groups]; group j covers inputs j * group_size and on.
     cols: d. width: bits of a symbol, 2, 3 or 4.
     group_size: inputs that share scale and zero; 0 for the whole row.
@@ -38,7 +38,7 @@ class Packed(base.WeightNode):
   @property
   def shape(self) -> tuple[int, ...]:
     """Logical shape, [e, d, f] or [d, f]."""
-    e, rows, _ = self.words.shape
+    e, _, rows = self.words.shape
     return (self.cols, rows) if self.single else (e, self.cols, rows)
 
   @classmethod
@@ -71,7 +71,7 @@ class Packed(base.WeightNode):
           f'{[e, rows, groups]}',
       )
     try:
-      words = packing.pack(symbols, bits)
+      words = packing.pack(symbols.swapaxes(1, 2), bits)
     except ValueError as error:
       raise UserError(str(error)) from error
     scale, zero = (a.reshape(e, rows, groups).astype(level_dtype) for a in levels)
@@ -84,7 +84,8 @@ class Packed(base.WeightNode):
 
   def symbols(self) -> np.ndarray:
     """The symbols again, uint8 [e, rows, cols] or [rows, cols]."""
-    out = packing.unpack(np.asarray(self.words), self.cols, self.width).astype(np.uint8)
+    out = packing.unpack(np.asarray(self.words), self.cols, self.width)
+    out = out.astype(np.uint8).swapaxes(1, 2)
     return out[0] if self.single else out
 
   def take(self, experts: Sequence[int] | np.ndarray, shards: int = 1) -> Self:
@@ -99,23 +100,34 @@ class Packed(base.WeightNode):
         self.cols >= 1 and self.group_size >= 0,
         f'Packed: cols = {self.cols}, group_size = {self.group_size}',
     )
-    words = packing.words_per_row(self.cols, self.width)
-    base.require_array(self, 'words', (np.uint32,), (None, None, words))
-    e, rows, _ = self.words.shape
+    words = packing.words_per_column(self.cols, self.width)
+    base.require_array(self, 'words', (np.uint32,), (None, words, None))
+    e, _, rows = self.words.shape
     groups = _groups(self.cols, self.group_size)
     for name in ('scale', 'zero'):
       base.require_array(self, name, base.LEVEL_DTYPES, (e, rows, groups))
     base.require(e >= 1 and (e == 1 or not self.single), f'Packed holds {e} experts')
 
-  def expert_rows(self, i: jax.Array | int, dtype: Any) -> jax.Array:
+  def inputs_at(
+      self, i: jax.Array | int, first: jax.Array | int, count: int, dtype: Any
+  ) -> jax.Array:
+    """[count, f] of one expert's [d, f] from the input `first` on; both indices may be traced.
+
+    A traced `first`, and then `count`, are multiples of 32.
+    """
     pick = lambda a: jax.lax.dynamic_index_in_dim(jnp.asarray(a), i, 0, keepdims=False)
-    symbols = packing.unpack(pick(self.words), self.cols, self.width).astype(jnp.float32)
-    scale, zero = pick(self.scale).astype(jnp.float32), pick(self.zero).astype(jnp.float32)
+    symbols = packing.piece(pick(self.words), self.cols, self.width, first, count)
+    scale, zero = (pick(a).astype(jnp.float32).T for a in (self.scale, self.zero))
     if self.group_size:
-      scale, zero = (
-          jnp.repeat(a, self.group_size, axis=1)[:, : self.cols] for a in (scale, zero)
-      )
-    return (scale * (symbols - zero)).astype(dtype)
+      group = (first + jnp.arange(count)) // self.group_size
+      scale, zero = scale[group], zero[group]
+    return (scale * (symbols.astype(jnp.float32) - zero)).astype(dtype)
+
+  def expert(self, i: jax.Array | int, dtype: Any) -> jax.Array:
+    return self.inputs_at(i, 0, self.cols, dtype)
+
+  def expert_rows(self, i: jax.Array | int, dtype: Any) -> jax.Array:
+    return self.expert(i, dtype).T
 
 
 def _groups(cols: int, group_size: int) -> int:
