@@ -73,6 +73,38 @@ def block_of(
   return start, ((row_m >= first) & (row_m < first + left))[:, None]
 
 
+def in_blocks(
+    x_md: jax.Array,
+    product: Callable[[jax.Array, jax.Array], jax.Array],
+    group_sizes_e: jax.Array,
+    out_dim: int,
+    blocks: tuple[int, ...] = (1, 8, 32, 128),
+) -> jax.Array:
+  """y[rows of e] = product(e, x[rows of e]), rows sorted by expert; returns [m, out_dim].
+
+  For weights that each product decodes anew: an expert's rows go in the smallest of the block sizes
+  that holds them, or in several of the largest. `product` gets [block, d] and gives float32
+  [block, out_dim], rows of other experts among them.
+  """
+  m = x_md.shape[0]
+  sizes = [*(size for size in blocks[:-1] if size < m), min(m, blocks[-1])]
+
+  def expert(e, start, rows, y):
+    def block(first, left, size, y):
+      at, own = block_of(first, left, size, m)
+      made = product(e, jax.lax.dynamic_slice_in_dim(x_md, at, size)).astype(y.dtype)
+      made = jnp.where(own, made, jax.lax.dynamic_slice_in_dim(y, at, size))
+      return jax.lax.dynamic_update_slice_in_dim(y, made, at, 0)
+
+    branches = [
+        functools.partial(loop_over_blocks, start, rows, (size,), block) for size in sizes
+    ]
+    least = sum((rows > size).astype(jnp.int32) for size in sizes[:-1])
+    return jax.lax.switch(least, branches, y) if len(sizes) > 1 else branches[0](y)
+
+  return loop_over_experts(group_sizes_e, expert, jnp.zeros((m, out_dim), x_md.dtype))
+
+
 def piece_of(rows: int) -> int:
   """Rows of a stored matrix that are multiplied at a time: a divisor near 256, or all of them.
 

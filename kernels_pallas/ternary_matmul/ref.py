@@ -12,8 +12,6 @@ import numpy as np
 from kernels_pallas.grouped_matmul import ref as grouped
 from kernels_pallas.ternary_matmul import layout
 
-# Rows a block; an expert's rows go in the smallest that holds them, since each decodes anew.
-_BLOCKS = (1, 8, 32, 128)
 _MASKS = (np.uint32(0xC0000000), np.uint32(0x40000000))
 # How far a weight's bits are from the top of its word, by step and half.
 _SHIFTS = (2 * np.arange(layout.STEPS)[:, None] + 16 * np.array([1, 0])).astype(np.uint32)
@@ -62,24 +60,10 @@ def ternary_matmul(
     x_md: jax.Array, words_ewf: jax.Array, levels_enf: jax.Array, group_sizes_e: jax.Array
 ) -> jax.Array:
   """See `api.ternary_matmul`."""
-  m, f = x_md.shape[0], words_ewf.shape[2]
   pick = lambda a, e: jax.lax.dynamic_index_in_dim(a, e, 0, keepdims=False)
 
-  def expert(e, start, rows, y):
-    words_wf, levels_nf = pick(words_ewf, e), pick(levels_enf, e)
+  def product(e, x_block):
+    one = _one_row if len(x_block) == 1 else _rows
+    return one(x_block, pick(words_ewf, e), pick(levels_enf, e))
 
-    def blocks(product, buckets):
-      def block(first, left, size, y):
-        at, own = grouped.block_of(first, left, size, m)
-        made = product(jax.lax.dynamic_slice_in_dim(x_md, at, size), words_wf, levels_nf)
-        made = jnp.where(own, made.astype(y.dtype), jax.lax.dynamic_slice_in_dim(y, at, size))
-        return jax.lax.dynamic_update_slice_in_dim(y, made, at, 0)
-
-      return lambda y: grouped.loop_over_blocks(start, rows, buckets, block, y)
-
-    sizes = [*(size for size in _BLOCKS[:-1] if size < m), min(m, _BLOCKS[-1])]
-    branches = [blocks(_one_row if size == 1 else _rows, (size,)) for size in sizes]
-    least = sum((rows > size).astype(jnp.int32) for size in sizes[:-1])
-    return jax.lax.switch(least, branches, y) if len(sizes) > 1 else branches[0](y)
-
-  return grouped.loop_over_experts(group_sizes_e, expert, jnp.zeros((m, f), x_md.dtype))
+  return grouped.in_blocks(x_md, product, group_sizes_e, words_ewf.shape[2])

@@ -16,7 +16,7 @@ from kernels_pallas.subbit_matmul import api as subbit
 from kernels_pallas.ternary_matmul import api as two_bit
 from moejax import weights
 from moejax.codec import ternary_jax
-from moejax.ops import expert_dot
+from moejax.ops import expert_dot, packed_dot
 
 
 @jax.custom_vjp
@@ -31,13 +31,18 @@ def compressed_expert_dot(x_md: jax.Array, node: Any, group_sizes_e: jax.Array) 
     )
   if isinstance(node, weights.LowRankSparse):
     return low_rank_sparse_dot(x_md, node, group_sizes_e)
-  _, d, f = node.shape
-  piece = grouped.piece_of(d)
-  if isinstance(node, weights.Packed) and piece % 32 == 0:
-    inputs = lambda e, i: node.inputs_at(e, i * piece, piece, x_md.dtype)
-    return grouped.grouped_matmul(x_md, inputs, group_sizes_e, f, piece=piece)
+  if isinstance(node, weights.Packed) and x_md.shape[0]:
+    return jax.lax.platform_dependent(
+        x_md, node, group_sizes_e, cpu=packed_dot.packed_dot, default=expanded_dot
+    )
+  return expanded_dot(x_md, node, group_sizes_e)
+
+
+def expanded_dot(x_md: jax.Array, node: Any, group_sizes_e: jax.Array) -> jax.Array:
+  """One expert at a time is expanded whole."""
   return grouped.grouped_matmul(
-      x_md, lambda e, _: node.expert_rows(e, x_md.dtype), group_sizes_e, f, transpose=True
+      x_md, lambda e, _: node.expert_rows(e, x_md.dtype), group_sizes_e, node.shape[2],
+      transpose=True,
   )
 
 
