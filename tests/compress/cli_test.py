@@ -17,6 +17,8 @@ from moejax.data import tokenizer as tokenizer_lib
 from moejax.errors import UserError
 from moejax.model import Model
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parents[2]
 TEXT = 'The state of the union is strong, and the people of this nation are its strength. ' * 60
 

@@ -11,6 +11,8 @@ from scipy import optimize
 from moejax.compress import cluster_core
 from moejax.errors import UserError
 
+pytestmark = pytest.mark.once
+
 VECTORS = pathlib.Path(__file__).parent.parent / 'vectors' / 'moefication'
 CASES = [('planted', 4), ('planted', 8), ('planted', 32), ('plain', 4), ('plain', 8),
          ('plain', 32), ('sparse', 4), ('sparse', 8), ('sparse', 16)]

@@ -40,6 +40,8 @@ FRESH = '''
 import sys
 import numpy as np
 from moejax.model import Model
+
+pytestmark = pytest.mark.once
 model, tokens = Model.load(sys.argv[1]), np.load(sys.argv[2])
 np.save(sys.argv[3], np.asarray(model.apply(*tokens.values()).logits_btv))
 '''

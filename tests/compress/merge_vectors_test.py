@@ -22,6 +22,8 @@ from moejax.compress import (
 from moejax.compress import stats as stats_lib
 from moejax.model import apply_fn
 
+pytestmark = pytest.mark.once
+
 _SPEC = importlib.util.spec_from_file_location(
     'mcsmoe_vectors', Path(__file__).with_name('mcsmoe_vectors.py')
 )

@@ -10,6 +10,8 @@ from moejax.config import EncDecConfig, EncDecMoeConfig
 from moejax.errors import UserError
 from moejax.model import Model, abstract_params
 
+pytestmark = pytest.mark.once
+
 
 def tiny():
   config = EncDecConfig(

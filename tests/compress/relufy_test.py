@@ -19,6 +19,8 @@ from moejax.config import Activation, CutsConfig
 from moejax.errors import UserError
 from moejax.ops import ffn
 
+pytestmark = pytest.mark.once
+
 _SPEC = importlib.util.spec_from_file_location(
     'small_models', Path(__file__).with_name('small_models.py')
 )

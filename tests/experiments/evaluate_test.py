@@ -13,6 +13,8 @@ from moejax import config as config_lib
 from moejax import model
 from moejax.data import tokenizer as tokenizer_lib
 
+pytestmark = pytest.mark.once
+
 _SPEC = importlib.util.spec_from_file_location(
     'demo_common', pathlib.Path(__file__).with_name('demo_common.py')
 )

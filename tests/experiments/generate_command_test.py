@@ -15,6 +15,8 @@ from moejax.config import DecoderConfig, DecoderMoeConfig
 from moejax.data import tokenizer
 from moejax.model import Model
 
+pytestmark = pytest.mark.once
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 
