@@ -15,6 +15,8 @@ from moejax.compress import driver, quantize
 from moejax.errors import UserError
 from moejax.model import Model
 
+pytestmark = pytest.mark.once
+
 _SPEC = importlib.util.spec_from_file_location(
     'driver_test', Path(__file__).with_name('driver_test.py')
 )

@@ -30,6 +30,8 @@ from moejax.model import Model
 sys.path.insert(0, str(Path(__file__).parent))
 import small_models as small
 
+pytestmark = pytest.mark.once
+
 FAMILIES = tuple(small.CONFIGS)
 
 

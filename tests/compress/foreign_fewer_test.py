@@ -15,6 +15,8 @@ from moejax.compress.merge import merge
 from moejax.compress.prune import prune
 from moejax.errors import UserError
 
+pytestmark = pytest.mark.once
+
 EXPERTS, D, F, TOP_K = 6, 16, 24, 2
 
 

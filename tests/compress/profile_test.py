@@ -12,6 +12,8 @@ from moejax.compress.moefy import moefy
 from moejax.errors import UserError
 from moejax.report import profile_png
 
+pytestmark = pytest.mark.once
+
 _SPEC = importlib.util.spec_from_file_location(
     'small_models', Path(__file__).with_name('small_models.py')
 )

@@ -17,6 +17,8 @@ from moejax.model import Model
 sys.path.insert(0, str(Path(__file__).parent))
 import small_models as small
 
+pytestmark = pytest.mark.once
+
 D, F = 16, 24
 
 

@@ -10,6 +10,8 @@ import pytest
 from moejax import Model, from_hf, to_hf, tree, upcycle
 from moejax.errors import UserError
 
+pytestmark = pytest.mark.once
+
 _SPEC = importlib.util.spec_from_file_location(
     'small_models', Path(__file__).with_name('small_models.py')
 )
