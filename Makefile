@@ -30,10 +30,11 @@ lint: $(VENV)/.installed-test
 bench: $(VENV)/.installed-test
 	$(BIN)/python -m experiments.bench --suite foundation
 
-# A night: runs the long tests, trains the demo's checkpoint from nothing, measures it, runs the benches, compares router
-# gradients, compiles the training steps of the largest models for TPU slices, cuts the checkpoint
-# and a GRIN trained for it to fewer experts by every method, trains the study's thirty small models.
-# What is in experiments/evidence already is not compiled or trained again.
+# A night: runs the long tests, trains the demo's checkpoint from nothing, measures it, runs the
+# benches, compares router gradients, compiles the training steps of the largest models for TPU
+# slices, cuts the checkpoint and a GRIN trained for it to fewer experts by every method, trains the
+# study's thirty small models. What is in experiments/evidence already is not compiled or trained
+# again.
 evidence: test-long
 	$(BIN)/python -m experiments.train --config configs/sotu_switch16.py --workdir runs/sotu
 	$(BIN)/python -m experiments.bench --suite foundation \
