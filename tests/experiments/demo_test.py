@@ -80,6 +80,7 @@ def test_what_was_done_before_the_kill_was_kept(finished):
   assert done.stderr.count('kept from last time') == len(before)
 
 
+@pytest.mark.once
 def test_a_rerun_takes_everything_from_the_cache(finished):
   flags, workdir, done, _ = finished
   models = {p: p.stat().st_mtime_ns for p in workdir.rglob('*.safetensors')}
