@@ -20,8 +20,7 @@ ZERO_SHARE = 0.885
 def nodes(d: int, f: int, rng: np.random.Generator) -> dict[str, Any]:
   """One expert [1, d, f] by the name of its format."""
   symbols = rng.choice(3, p=[ZERO_SHARE, *[(1 - ZERO_SHARE) / 2] * 2], size=(1, f, d))
-  levels = np.sort(rng.standard_normal((1, f, 2)), axis=2) * [1, 1]
-  levels[..., 0], levels[..., 1] = -np.abs(levels[..., 0]), np.abs(levels[..., 1])
+  levels = np.abs(rng.standard_normal((1, f, 2))) * [-1, 1]
   one = levels[..., 1:] * [-1, 1]
   made: dict[str, Any] = {
       'ternary, two bits, two levels': weights.PackedTernary.from_symbols(symbols, levels),

@@ -1,9 +1,12 @@
 """Prints the kernels' static schedules for every chip; writes the table that tests hold them to.
 
+Chips of an older table that are not asked for stay in it.
+
 Example:
   python -m experiments.schedules --out tests/kernels_pallas/schedules.json
 """
 
+import pathlib
 from typing import Any
 
 from absl import flags
@@ -42,7 +45,8 @@ def main() -> None:
   }
   print('\n'.join(rows(chips)))
   if _OUT.value:
-    files.write_json(_OUT.value, chips)
+    out = pathlib.Path(_OUT.value)
+    files.write_json(out, {**(files.read_json(out) if out.is_file() else {}), **chips})
 
 
 if __name__ == '__main__':

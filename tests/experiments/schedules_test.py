@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 
 import pytest
 
@@ -23,6 +24,9 @@ MOST = {
 
 
 @pytest.mark.long(but=('v5e',))
+@pytest.mark.skipif(
+    not (pathlib.Path(sys.prefix) / 'tpu' / 'libtpu').is_dir(), reason='no TPU compiler'
+)
 @pytest.mark.parametrize('chip', compile_lib.CHIPS)
 def test_no_kernel_has_become_slower(chip):
   made = tpu_compiler.run('experiments.schedules.compile', chip, name=chip)

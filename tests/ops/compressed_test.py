@@ -63,6 +63,16 @@ def test_equals_the_dense_product(name, sizes):
 
 
 @each_node
+@pytest.mark.parametrize('platform', ('tpu', 'cuda'))
+def test_it_lowers_for_accelerators(name, platform):
+  sizes = jnp.asarray([3, 0, 5, 1, 0, 7], jnp.int32)
+  traced = jax.jit(expert_dot).trace(jnp.ones((16, COLS)), make(name), sizes)
+  text = traced.lower(lowering_platforms=(platform,)).as_text()
+  own_kernel = platform == 'tpu' and name.startswith('packed_ternary')
+  assert ('tpu_custom_call' in text) == own_kernel
+
+
+@each_node
 def test_gradient_in_x_equals_the_dense_one(name):
   node = make(name)
   x = jax.random.normal(jax.random.key(0), (16, COLS))
