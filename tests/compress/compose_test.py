@@ -21,6 +21,7 @@ from moejax.weights import lowrank_core
 sys.path.insert(0, str(Path(__file__).parent))
 import small_models as small
 
+pytestmark = pytest.mark.once
 ROOT = Path(__file__).parents[2]
 FAMILIES = ('switch', 'grin', 'mixtral', 'olmoe')
 MERGE = moejax.merge(3, budget='uniform')
@@ -41,7 +42,6 @@ import sys
 import numpy as np
 from moejax.model import Model
 
-pytestmark = pytest.mark.once
 model, tokens = Model.load(sys.argv[1]), np.load(sys.argv[2])
 np.save(sys.argv[3], np.asarray(model.apply(*tokens.values()).logits_btv))
 '''
