@@ -43,53 +43,70 @@ def width(f: int, rows: int) -> int:
   return min(f, 1024 if rows <= 3 * ROWS else 512)
 
 
+def weights(words: jax.Array, mask: Any) -> jax.Array:
+  """A chunk's words [16, n] as bfloat16 [256, n]: 0, 2.0, -2.0, or their magnitudes."""
+  words = jax.lax.bitcast_convert_type(words, jnp.uint32)
+  pairs = [(words << jnp.uint32(2 * i)) & jnp.uint32(mask) for i in range(layout.STEPS)]
+  return jnp.concatenate([pltpu.bitcast(p, jnp.bfloat16) for p in pairs])
+
+
 def _tile_sum(x_ref: Any, words_ref: Any, mask: Any) -> jax.Array:
   """x by the weights that the mask leaves of a tile's words: float32 [rows of x, columns]."""
   total: Any = None
   for c in range(words_ref.shape[0] // layout.WORDS):
     words = words_ref[c * layout.WORDS : (c + 1) * layout.WORDS, :]
-    pairs = [(words << jnp.uint32(2 * i)) & mask for i in range(layout.STEPS)]
-    weights = jnp.concatenate([pltpu.bitcast(p, jnp.bfloat16) for p in pairs])
     x = x_ref[:, c * layout.CHUNK : (c + 1) * layout.CHUNK]
-    part = jnp.dot(x, weights, preferred_element_type=jnp.float32)
+    part = jnp.dot(x, weights(words, mask), preferred_element_type=jnp.float32)
     total = part if total is None else total + part
   return total
+
+
+def with_levels(sums: list[jax.Array], levels: jax.Array, parts: int) -> jax.Array:
+  """[rows, n] of the sums by weights and by magnitudes, [parts * rows, n]; levels [1 or 2, n]."""
+  # high = (a + b) UNIT, low = (b - a) UNIT; of symmetric ones b is 0.
+  high = levels[-1:]
+  low = levels[0:1] if len(sums) == 2 else -high
+  factors = [(high - low) / (2 * layout.UNIT), (high + low) / (2 * layout.UNIT)]
+  rows = sums[0].shape[0] // parts
+  y: Any = None
+  for every, factor in zip(sums, factors):
+    total = every[0:rows]
+    for part in range(1, parts):
+      total += every[part * rows : (part + 1) * rows]
+    y = total * factor if y is None else y + total * factor
+  return y
+
+
+def own_rows(
+    offsets_ref: Any, groups_ref: Any, tiles_ref: Any, shape: tuple[int, int], *, visit: Any
+) -> jax.Array:
+  """Which rows of a visit's tile of rows are its expert's."""
+  row = tiles_ref[visit] * shape[0] + jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+  group = groups_ref[visit]
+  return (row >= offsets_ref[group]) & (row < offsets_ref[group + 1])
 
 
 def _kernel(
     offsets_ref, groups_ref, tiles_ref, x_ref, words_ref, levels_ref, y_ref, *sums, parts: int
 ):
-  k, visit = pl.program_id(2), pl.program_id(1)
-  rows = y_ref.shape[0]
-  masks = (layout.BOTH, layout.EXPONENTS)
+  visit, k = pl.program_id(1), pl.program_id(2)
 
   @pl.when(k == 0)
   def _():
     for sum_ref in sums:
       sum_ref[...] = jnp.zeros_like(sum_ref)
 
-  for sum_ref, mask in zip(sums, masks):
-    sum_ref[...] += _tile_sum(x_ref, words_ref, jnp.uint32(mask))
+  for sum_ref, mask in zip(sums, (layout.BOTH, layout.EXPONENTS)):
+    sum_ref[...] += _tile_sum(x_ref, words_ref, mask)
 
   @pl.when(k == pl.num_programs(2) - 1)
   def _():
-    # high = (a + b) UNIT, low = (b - a) UNIT; of symmetric ones b is 0.
-    high = levels_ref[len(sums) - 1 : len(sums), :]
-    low = levels_ref[0:1, :] if len(sums) == 2 else -high
-    factors = [(high - low) / (2 * layout.UNIT), (high + low) / (2 * layout.UNIT)]
-    y: Any = None
-    for sum_ref, factor in zip(sums, factors):
-      total = sum_ref[0:rows, :]
-      for part in range(1, parts):
-        total += sum_ref[part * rows : (part + 1) * rows, :]
-      y = total * factor if y is None else y + total * factor
-    group = groups_ref[visit]
-    row = tiles_ref[visit] * rows + jax.lax.broadcasted_iota(jnp.int32, y.shape, 0)
-    own = (row >= offsets_ref[group]) & (row < offsets_ref[group + 1])
+    y = with_levels([sum_ref[...] for sum_ref in sums], levels_ref[...], parts)
+    own = own_rows(offsets_ref, groups_ref, tiles_ref, y.shape, visit=visit)
     y_ref[...] = jnp.where(own, y, y_ref[...].astype(jnp.float32)).astype(y_ref.dtype)
 
 
-def _parts(x_md: jax.Array, rows: int) -> tuple[jax.Array, int]:
+def bfloat16_parts(x_md: jax.Array, rows: int) -> tuple[jax.Array, int]:
   """bfloat16 rows that add up to x's, each tile's together: [tiles * parts * rows, d]."""
   if x_md.dtype == jnp.bfloat16:
     return x_md, 1
@@ -119,7 +136,7 @@ def ternary_matmul(
       group_sizes=sizes, m=total_m, tm=rows, start_group=jnp.int32(0), num_nonzero_groups=e,
       visit_empty_groups=False,
   )
-  x_parts, parts = _parts(x_md, rows)
+  x_parts, parts = bfloat16_parts(x_md, rows)
   tall = parts * rows
   wide = width(f, tall)
   made = pl.pallas_call(

@@ -1,0 +1,202 @@
+"""Two-bit words into codes of blocks, on the host; see `layout`."""
+
+import functools
+from typing import NamedTuple
+
+import numpy as np
+
+from kernels_pallas.subbit_matmul import layout
+from kernels_pallas.subbit_matmul.deal import deal
+
+
+class Coded(NamedTuple):
+  """One expert in codes of blocks of one size.
+
+  Attributes:
+    rows: uint32 [r, 128], tile after tile: the tiles of strip 0, of strip 1, ...
+    ends: int64 [strips * tiles], rows up to each tile's end.
+    fields: int32 [strips * tiles, steps], the first row of its tile that holds a step's fields.
+    entries: int32 [strips * tiles, steps], likewise of its entries.
+    reach: rows that a step's fields of a tile extend over at most, and its entries.
+    homes: uint16 [tiles, 128], see `layout.place_of`; uint32 of more than 65,536 outputs.
+    patches: for each tile of each strip, uint32: 16 bits to set, lane << 16, half << 23, row << 24.
+  """
+
+  rows: np.ndarray
+  ends: np.ndarray
+  fields: np.ndarray
+  entries: np.ndarray
+  reach: tuple[int, int]
+  homes: np.ndarray
+  patches: list[np.ndarray]
+
+  @property
+  def bits(self) -> int:
+    """Bits of all that is kept of the expert, without levels."""
+    patches = sum(p.size for p in self.patches)
+    index = self.fields.size + self.entries.size
+    return 32 * (self.rows.size + patches + self.ends.size) + 16 * index + 8 * self.homes.nbytes
+
+
+class _Parts(NamedTuple):
+  """What is written of blocks: classes, and bits and lengths of fields and entries."""
+
+  classes: np.ndarray
+  fields: np.ndarray
+  field_bits: np.ndarray
+  entries: np.ndarray
+  has_entry: np.ndarray
+
+
+def _written(blocks: np.ndarray, size: int) -> _Parts:
+  """Of blocks at two bits a weight, uint32 of any shape."""
+  form = layout.Form(size)
+  p = form.place
+  count = np.zeros(blocks.shape, np.uint8)
+  first, last, low_first, low_last = (np.zeros(blocks.shape, np.uint32) for _ in range(4))
+  for i in range(size):
+    weight = (blocks >> np.uint32(2 * i)) & np.uint32(3)
+    there = weight != 0
+    new = there & (count == 0)
+    first[new], low_first[new] = i, weight[new] >> np.uint32(1)
+    last[there], low_last[there] = i, weight[there] >> np.uint32(1)
+    count += there
+  single, pair, many = count == 1, count == 2, count > 2
+  classes = np.where(
+      single, np.where(low_first == 1, layout.LOW, layout.HIGH),
+      np.where(count > 1, layout.MORE, layout.ZERO),
+  ).astype(np.uint32)
+  differ = low_first != low_last
+  a, b = np.where(differ, last, first), np.where(differ, first, last)
+  low_a = np.where(differ, low_last, low_first)
+  two = a | b << np.uint32(p) | low_a << np.uint32(2 * p)
+  top = blocks >> np.uint32(form.entry)
+  three = top & np.uint32(layout.mask(p)) | top << np.uint32(p)
+  fields = np.where(single, first, np.where(pair, two, np.where(many, three, 0))).astype(np.uint32)
+  bits = np.where(single, p, np.where(count > 1, 2 * p + 1, 0)).astype(np.int8)
+  entries = np.where(many, blocks & np.uint32(layout.mask(form.entry)), 0).astype(np.uint32)
+  return _Parts(classes, fields, bits, entries, many)
+
+
+@functools.cache
+def _table(size: int) -> _Parts:
+  return _written(np.arange(1 << 2 * size, dtype=np.uint32), size)
+
+
+def _parts(blocks: np.ndarray, size: int) -> _Parts:
+  if 2 * size > 16:
+    return _written(blocks, size)
+  return _Parts(*(column[blocks] for column in _table(size)))
+
+
+class _Stream(NamedTuple):
+  """Pieces of bits of every column, and where they are: of one strip.
+
+  values, at: [pieces, columns]; bits: how many, 0 where there is no piece. lengths: [columns].
+  """
+
+  values: np.ndarray
+  at: np.ndarray
+  bits: np.ndarray
+  lengths: np.ndarray
+
+  def words(self) -> np.ndarray:
+    """[words, columns] uint32, word 0 first."""
+    columns = self.lengths.size
+    piece, column = np.nonzero(self.bits)
+    at, values = self.at[piece, column], self.values[piece, column].astype(np.uint64)
+    shifted = values << (at % 32).astype(np.uint64)
+    place = at // 32 * columns + column
+    size = (int(self.lengths.max()) // 32 + 2) * columns
+    # Pieces do not overlap: sums stay below 2^32, which a float64 holds.
+    low = np.bincount(place, weights=shifted & np.uint64(0xFFFFFFFF), minlength=size)
+    high = np.bincount(place + columns, weights=shifted >> np.uint64(32), minlength=size)
+    return (low + high).astype(np.uint32).reshape(-1, columns)
+
+  def reach(self, steps: int, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """First and last word that each step's pieces of these columns lie in."""
+    bits = self.bits[:, columns].reshape(steps, -1, columns.size).sum(1)
+    starts = self.at[:, columns].reshape(steps, -1, columns.size)[:, 0]
+    last = np.where(bits > 0, starts + bits - 1, 0).max(1)
+    return starts.min(1) // 32, np.maximum(last, starts.min(1)) // 32
+
+
+def _stream(values: np.ndarray, bits: np.ndarray) -> _Stream:
+  """From [steps, 8, blocks, columns]."""
+  columns = bits.shape[-1]
+  values, bits = values.reshape(-1, columns), bits.reshape(-1, columns).astype(np.int64)
+  ends = np.cumsum(bits, axis=0)
+  return _Stream(values, ends - bits, bits, ends[-1])
+
+
+def _class_words(classes: np.ndarray, head: int, form: layout.Form) -> np.ndarray:
+  """[head, columns] from [steps, 8, blocks, columns]."""
+  words = np.zeros((head, classes.shape[-1]), np.uint32)
+  for t, step in enumerate(classes):
+    first = t // form.together * layout.SUBLANES
+    for j in range(form.blocks):
+      shift = np.uint32(form.class_shift(t) + 8 * j)
+      words[first : first + layout.SUBLANES] |= step[:, j] << shift
+  return words
+
+
+def encode(words_wf: np.ndarray, d: int, size: int) -> Coded:
+  """Codes one expert's two-bit words, uint32 [words_of(d), f], in blocks of `size` weights."""
+  form = layout.Form(size)
+  f = words_wf.shape[1]
+  tiles = layout.tiles_of(f)
+  columns = tiles * layout.LANES
+  blocks = layout.blocks_of(
+      np.pad(layout.strips(words_wf, d), ((0, 0), (0, 0), (0, columns - f))), size
+  )  # [strips, steps, 8, blocks, columns]
+  steps, head = blocks.shape[1], layout.class_rows(d, size)
+  parts = _parts(blocks, size)
+  # Entries that a lane-step has no room for.
+  over = parts.has_entry & (np.cumsum(parts.has_entry, axis=3) > form.entries)
+  classes = np.where(over, np.uint32(layout.ZERO), parts.classes)
+  field_bits = np.where(over, 0, parts.field_bits)
+  entry_bits = np.where(parts.has_entry & ~over, form.entry, 0)
+  fields = [_stream(*a) for a in zip(parts.fields, field_bits)]
+  entries = [_stream(*a) for a in zip(parts.entries, entry_bits)]
+
+  used = [-(-a.lengths // 32) - (-b.lengths // 32) for a, b in zip(fields, entries)]
+  tile, lane = deal(np.sum(used, axis=0))
+  columns_of = np.empty((tiles, layout.LANES), np.int64)
+  columns_of[tile, lane] = np.arange(columns)
+
+  rows, ends, first, patches, reach = [], [], [], [], np.ones((2, 1), np.int64)
+  for i, both in enumerate(zip(fields, entries)):
+    words = [stream.words() for stream in both]
+    heads = _class_words(classes[i], head, form)
+    for own in columns_of:
+      deep = max(1, int(used[i][own].max()))
+      body = np.zeros((deep, layout.LANES), np.uint32)
+      for part, order in zip(words, (slice(None), slice(None, None, -1))):
+        kept = part[:deep, own]
+        body[order][: len(kept)] |= kept
+      rows += [heads[:, own], body]
+      ends.append(head + deep)
+      (low_f, high_f), (low_e, high_e) = (stream.reach(steps, own) for stream in both)
+      reach = np.maximum(reach, [[(high_f - low_f).max() + 1], [(high_e - low_e).max() + 1]])
+      first.append((head + np.minimum(low_f, deep - 1), head + np.maximum(deep - 1 - high_e, 0)))
+      patches.append(_patches(blocks[i][..., own], over[i][..., own], form))
+  first_fields, first_entries = np.array(first, np.int32).swapaxes(0, 1)
+  return Coded(
+      rows=np.concatenate(rows), ends=np.cumsum(ends), fields=first_fields, entries=first_entries,
+      reach=(int(reach[0, 0]), int(reach[1, 0])), homes=layout.homes(tile, lane), patches=patches,
+  )
+
+
+def _patches(blocks: np.ndarray, over: np.ndarray, form: layout.Form) -> np.ndarray:
+  """Half words [p] that restore the blocks that found no room: of one tile, [steps, 8, b, 128]."""
+  step, lane_step, block, lane = np.nonzero(over)
+  word, shift = block * form.size // 16, block * form.size % 16 * 2
+  row = (step * form.words + word) * layout.SUBLANES + lane_step
+  bits = blocks[over].astype(np.uint64) << shift.astype(np.uint64)
+  made = []
+  for half in range(2):
+    value = bits >> np.uint64(16 * half) & np.uint64(0xFFFF)
+    keep = value != 0
+    place = lane << 16 | half << 23 | row << 24
+    made.append((value | place.astype(np.uint64))[keep])
+  return np.concatenate(made).astype(np.uint32)

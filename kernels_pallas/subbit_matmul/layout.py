@@ -1,0 +1,153 @@
+"""Ternary weights below one bit in codes of blocks, which arithmetic alone decodes.
+
+Weights lie in the words of `ternary_matmul.layout` (16 weights at two bits). A word holds blocks of
+`size` = 4, 8 or 16 weights, 2 size bits each; p = log2(size). Of a block is written
+
+    class   2 bits                  0 all zero, 1 one high, 3 one low, 2 more
+    field   p bits                  of classes 1 and 3: where the weight is
+            2 p + 1 bits            of class 2: places a (low bits), b and a sign s.
+                                    a != b: two weights, a is low if s, b if s xor (a > b)
+                                    a == b: three or more; b and s are the block's highest bits
+    entry   2 size - p - 1 bits     of three or more: the other bits of the block
+
+so every block can be written, and what a block takes is known from its class and field. A step is
+eight words below each other of each of 128 columns, two times where blocks are of 8 or 16: word s
+of it and the s-th after those make up lane-step s. A tile is 128 columns of a strip, of up to
+`STRIP` inputs; its rows of 128 words are
+
+    classes   8 rows for 16 / blocks steps; row s: in byte j, steps apart by 2 bits, block j's class
+    streams   of each column, bit after bit from the lowest of a word: the fields of step 0
+              (lane-step 0, block 0, 1, ..; lane-step 1, ..), of step 1, .., in words from the first
+              on; likewise the entries, in words from the last one back
+
+A lane-step has room for `ENTRIES` entries, so that 32 bits hold them. Blocks past that are written
+as zeros and restored from the tile's list of patches: half words and where they belong. Columns are
+dealt to tiles by the length of their streams; see `deal`.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from kernels_pallas.ternary_matmul import layout as two_bit
+
+LANES = 128
+SUBLANES = 8
+STRIP = 4096  # Inputs.
+SIZES = (4, 8, 16)
+ENTRIES = {4: 4, 8: 2, 16: 1}
+ZERO, HIGH, MORE, LOW = range(4)
+
+
+class Form(NamedTuple):
+  """What follows from a block's size: blocks and words of a lane-step, and bits."""
+
+  size: int
+
+  @property
+  def place(self) -> int:
+    """p, bits of a place."""
+    return self.size.bit_length() - 1
+
+  @property
+  def blocks(self) -> int:
+    return 2 if self.size == 16 else 4
+
+  @property
+  def words(self) -> int:
+    return self.blocks * self.size // 16
+
+  @property
+  def entry(self) -> int:
+    return 2 * self.size - self.place - 1
+
+  @property
+  def entries(self) -> int:
+    return ENTRIES[self.size]
+
+  @property
+  def inputs(self) -> int:
+    """Inputs of a step."""
+    return self.words * SUBLANES * 16
+
+  @property
+  def together(self) -> int:
+    """Steps whose classes are in one word."""
+    return 16 // self.blocks
+
+  def class_shift(self, step: int) -> int:
+    """Where in a word the classes of a step's block 0 are."""
+    step %= self.together
+    return 2 * (step % 4) + 16 * (step // 4)
+
+
+def strips_of(d: int) -> int:
+  return max(1, -(-d // STRIP))
+
+
+def depth_of(d: int) -> int:
+  """Inputs a strip: as many whole chunks as leave the least of the last strip empty."""
+  chunks = -(-d // two_bit.CHUNK)
+  return -(-chunks // strips_of(d)) * two_bit.CHUNK
+
+
+def tiles_of(f: int) -> int:
+  return -(-f // LANES)
+
+
+def steps_of(d: int, size: int) -> int:
+  """Steps of a strip."""
+  return depth_of(d) // Form(size).inputs
+
+
+def class_rows(d: int, size: int) -> int:
+  """Rows of classes of a tile."""
+  return SUBLANES * -(-steps_of(d, size) // Form(size).together)
+
+
+def homes(tile_c: np.ndarray, lane_c: np.ndarray) -> np.ndarray:
+  """[tiles, 128] of the tile and the lane of each output's column: tile << 7 | lane.
+
+  Of 128 outputs that follow each other, no two are in one lane: the lowest bits in place c say in
+  which lane output c is, the others in which tile the one is that is in lane c.
+  """
+  tiles = tile_c.size // LANES
+  lanes = lane_c.reshape(tiles, LANES)
+  by_lane = np.empty_like(lanes)
+  np.put_along_axis(by_lane, lanes, tile_c.reshape(tiles, LANES), axis=1)
+  return (by_lane << 7 | lanes).astype(np.uint16 if tiles <= 512 else np.uint32)
+
+
+def place_of(homes_tl: Any, xp: Any = np) -> Any:
+  """Of each output, the column it is kept in, int32 [tiles * 128]."""
+  homes_tl = homes_tl.astype(xp.int32)
+  lane = homes_tl & (LANES - 1)
+  return (xp.take_along_axis(homes_tl >> 7, lane, axis=1) * LANES + lane).reshape(-1)
+
+
+def record_words(d: int, size: int, patches: int) -> int:
+  """Words of a tile in an expert's record."""
+  return 2 + class_rows(d, size) // SUBLANES * Form(size).together + patches
+
+
+def mask(bits: int) -> int:
+  return (1 << bits) - 1
+
+
+def strips(words_wf: Any, d: int, xp: Any = np) -> Any:
+  """[strips, depth / 16, f] from two-bit words [w, f]."""
+  n, rows = strips_of(d), depth_of(d) // 16
+  return xp.pad(words_wf, ((0, n * rows - words_wf.shape[0]), (0, 0))).reshape(n, rows, -1)
+
+
+def blocks_of(words_nrf: Any, size: int) -> Any:
+  """[n, steps, 8, blocks, f] of 2 size bits, from strips [n, rows, f]."""
+  form = Form(size)
+  n, _, f = words_nrf.shape
+  words = words_nrf.reshape(n, -1, form.words, SUBLANES, f)
+  split = 16 // size
+  parts = [
+      (words[:, :, i] >> np.uint32(2 * size * j)) & np.uint32(mask(2 * size))
+      for i in range(form.words) for j in range(split)
+  ]
+  return np.stack(parts, axis=3)

@@ -1,0 +1,415 @@
+"""The product on TPU (Mosaic): a tile's columns are decoded beside the matrix unit, four at a time.
+
+A grid step takes four tiles of 128 outputs of one strip of one expert, whose rows it finds through
+the expert's record. For each step of eight words, lanes find their bits in windows of a few
+registers by gathers over sublanes; the words go to the matrix unit as in `ternary_matmul.tpu`. When
+all of an expert's outputs are summed, they are moved to where they belong.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas.ops.tpu.megablox.gmm import make_group_metadata
+import jax.numpy as jnp
+import numpy as np
+
+from kernels_pallas.subbit_matmul import block, layout
+from kernels_pallas.ternary_matmul import layout as two_bit
+from kernels_pallas.ternary_matmul import tpu as ternary
+
+ROWS = ternary.ROWS
+MOST_ROWS = 64
+TOGETHER = 4  # Tiles of a grid step.
+LANES, SUBLANES = layout.LANES, layout.SUBLANES
+_MOST_VMEM = 64 << 20
+_MOST_RECORD = 1 << 16  # Words of scalar memory.
+
+
+class Sizes(NamedTuple):
+  """What the kernel's program depends on, beside the shapes of arrays.
+
+  Attributes:
+    d, f: inputs and outputs.
+    size: weights of a block.
+    deep: rows of the longest strip of an expert.
+    reach: see `encode.Coded`.
+    patches: of the tile with most.
+  """
+
+  d: int
+  f: int
+  size: int
+  deep: int
+  reach: tuple[int, int]
+  patches: int
+
+  @property
+  def form(self) -> layout.Form:
+    return layout.Form(self.size)
+
+  @property
+  def strips(self) -> int:
+    return layout.strips_of(self.d)
+
+  @property
+  def tiles(self) -> int:
+    return layout.tiles_of(self.f)
+
+  @property
+  def groups(self) -> int:
+    """Groups of steps that share words of classes."""
+    return layout.class_rows(self.d, self.size) // SUBLANES
+
+  @property
+  def windows(self) -> tuple[int, int]:
+    """Registers that hold any run of `reach` rows."""
+    return tuple(-(-(r + SUBLANES - 1) // SUBLANES) for r in self.reach)
+
+  @property
+  def registers(self) -> int:
+    """Registers of rows that a grid step sees."""
+    return -(-(self.deep + SUBLANES - 1) // SUBLANES) + max(self.windows)
+
+  @property
+  def record(self) -> int:
+    """Words of a tile in an expert's record."""
+    return layout.record_words(self.d, self.size, self.patches)
+
+  @property
+  def inputs(self) -> int:
+    """Inputs of a strip as the kernel sees it."""
+    return self.groups * self.form.together * self.form.inputs
+
+
+def supports(m: int, e: int, sizes: Sizes, dtype: Any) -> str:
+  """Why the kernel does not take a product; '' if it does."""
+  refused = ternary.supports(m, sizes.d, sizes.f, e, dtype)
+  if refused:
+    return refused
+  if m > MOST_ROWS:
+    return f'{m} rows: above {MOST_ROWS} an expert is expanded to two bits once'
+  words = sizes.record * sizes.tiles + 1
+  if words > _MOST_RECORD:
+    return f'{sizes.patches} patches a tile: a record of {words} words, at most {_MOST_RECORD}'
+  needed = _vmem(m, sizes, dtype)
+  if needed > _MOST_VMEM:
+    return f'it needs {needed >> 20} MiB of vector memory, at most {_MOST_VMEM >> 20}'
+  return ''
+
+
+def _tall(m: int, dtype: Any) -> tuple[int, int]:
+  """Rows of a tile of x, and bfloat16 parts of each."""
+  return min(MOST_ROWS, -(-m // ROWS) * ROWS), 3 if jnp.dtype(dtype) == jnp.float32 else 1
+
+
+def _vmem(m: int, sizes: Sizes, dtype: Any) -> int:
+  rows, parts = _tall(m, dtype)
+  columns, wide = sizes.tiles * LANES, min(TOGETHER, sizes.tiles) * LANES
+  blocks = (
+      4 * sizes.registers * SUBLANES * LANES + 2 * parts * rows * sizes.inputs
+      + jnp.dtype(dtype).itemsize * rows * columns + 16 * columns
+  )
+  scratch = (4 * rows + 32) * columns + 8 * parts * rows * wide + sizes.inputs * wide // 4
+  return 2 * blocks + scratch
+
+
+def _sublane() -> jax.Array:
+  return jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 0)
+
+
+def _gather(a: jax.Array, index: jax.Array, axis: int = 0) -> jax.Array:
+  return jnp.take_along_axis(a, index, axis=axis, mode='promise_in_bounds')
+
+
+def _before(a: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Sums of the sublanes above each, and of all, in every sublane."""
+  sublane, sums = _sublane(), a
+  for n in (1, 2, 4):
+    sums = sums + jnp.where(sublane >= n, _gather(sums, (sublane - n) & 7), 0)
+  return sums - a, _gather(sums, jnp.full_like(a, SUBLANES - 1))
+
+
+def _row(rows_ref: Any, first: jax.Array, count: int, row: jax.Array) -> jax.Array:
+  """Each lane's word of a row, counted from register `first`, of `count` registers."""
+  sublane, out = row & 7, None
+  for j in range(count):
+    found = _gather(rows_ref[first + j], sublane)
+    out = found if out is None else jnp.where(row >= SUBLANES * j, found, out)
+  return out
+
+
+def _bits(words: Any, at: jax.Array) -> jax.Array:
+  """The 32 bits from bit `at` of a stream: words(offset) is the word that many after its first."""
+  shift, word = at & 31, block.shr(at, 5)
+  return block.shr(words(word), shift) | block.shl(block.shl(words(word + 1), 1), 31 - shift)
+
+
+def _pairs(form: layout.Form) -> np.ndarray | None:
+  """int32 [8, 128]: `block.pair` by its field, entries marked by the sign; None where too many."""
+  count = 1 << 2 * form.place + 1
+  if count > LANES:
+    return None
+  with jax.ensure_compile_time_eval():
+    bits, entry = block.pair(jnp.arange(LANES, dtype=jnp.int32) % count, form)
+    table = jnp.where(entry, bits | jnp.int32(-(1 << 31)), bits)
+  return np.broadcast_to(np.asarray(table), (SUBLANES, LANES))
+
+
+class _Tile(NamedTuple):
+  """A tile of the grid step: its lanes there, where its record starts, its first and last row."""
+
+  lanes: slice
+  record: jax.Array
+  first: jax.Array
+  last: jax.Array
+
+
+def _decode_group(
+    q: jax.Array, starts: Any, tile: _Tile, sizes: Sizes, record_ref: Any, rows_ref: Any,
+    table: jax.Array | None,
+) -> tuple[list[jax.Array], Any]:
+  """Two-bit words, int32 [8, 128] each, of the steps that share a register of classes."""
+  form, (wide_fields, wide_entries) = sizes.form, sizes.windows
+  head = SUBLANES * sizes.groups
+  classes_at = tile.first + SUBLANES * q
+  kinds = _row(rows_ref, classes_at >> 3, 2, _sublane() + (classes_at & 7))
+  made = []
+  for j in range(form.together):
+    packed = record_ref[0, tile.record + 1 + q * form.together + j]
+    field_register = (tile.first + (packed & 0xFFFF)) >> 3
+    entry_register = (tile.first + block.shr(packed, 16)) >> 3
+    fields_from = tile.first + head - field_register * SUBLANES
+    entries_from = tile.last - entry_register * SUBLANES
+    words, starts = block.decode_step(
+        kinds, j, starts, form, before=_before,
+        fields_at=functools.partial(_bits, lambda word, a=field_register, b=fields_from: _row(
+            rows_ref, a, wide_fields, word + b
+        )),
+        entries_at=functools.partial(_bits, lambda word, a=entry_register, b=entries_from: _row(
+            rows_ref, a, wide_entries, b - word
+        )),
+        pair_of=lambda field: block.pair(field, form) if table is None else (
+            _gather(table, field & layout.mask(2 * form.place + 1), axis=1), None
+        ),
+    )
+    made += words
+  return made, starts
+
+
+def _patch(patched_ref: Any, tile: _Tile, record_ref: Any, sizes: Sizes, erase: bool) -> None:
+  """Writes a tile's patches over zeros, or the zeros again."""
+  at = tile.record + 1 + sizes.groups * sizes.form.together
+  flat = _sublane() * LANES + jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
+
+  def one(i, carry):
+    packed = record_ref[0, at + 1 + i]
+    row = block.shr(packed, 24)
+    place = (row & 7) * LANES + ((packed >> 16) & (LANES - 1))
+    bits = (packed & 0xFFFF) << ((packed >> 23 & 1) * 16)
+    register = row >> 3
+    old = patched_ref[register, :, tile.lanes]
+    new = jnp.zeros_like(old) if erase else old | jnp.where(flat == place, bits, 0)
+    patched_ref[register, :, tile.lanes] = new
+    return carry
+
+  jax.lax.fori_loop(0, record_ref[0, at], one, 0)
+
+
+def _multiply(x_ref: Any, q: jax.Array, registers: list[jax.Array], sum_refs: Any) -> None:
+  """Adds x by the weights of consecutive registers of words to the sums of signs and magnitudes."""
+  chunks = len(registers) // 2
+  for c in range(chunks):
+    words = jnp.concatenate(registers[2 * c : 2 * c + 2])
+    first = pl.multiple_of((q * chunks + c) * two_bit.CHUNK, two_bit.CHUNK)
+    x = x_ref[:, pl.ds(first, two_bit.CHUNK)]
+    for sum_ref, mask in zip(sum_refs, (two_bit.BOTH, two_bit.EXPONENTS)):
+      sum_ref[...] += jnp.dot(
+          x, ternary.weights(words, mask), preferred_element_type=jnp.float32
+      )
+
+
+def _move_home(z_ref: Any, homes_ref: Any, spread_ref: Any, y_ref: Any, own: jax.Array) -> None:
+  """Writes the sums of each lane of each tile where they belong, of own rows."""
+  tiles, rows = homes_ref.shape[0], y_ref.shape[0]
+  homes = homes_ref[...].astype(jnp.int32)
+  for g in range(tiles):
+    spread_ref[g] = jnp.broadcast_to(homes[g : g + 1], (SUBLANES, LANES))
+
+  def one(g, carry):
+    home = spread_ref[g]
+    tile, lane = block.shr(home, 7), home & (LANES - 1)
+    lanes = pl.ds(pl.multiple_of(g * LANES, LANES), LANES)
+    made = []
+    for r in range(0, rows, SUBLANES):
+      out = None
+      for k in range(tiles):
+        part = z_ref[r : r + SUBLANES, k * LANES : (k + 1) * LANES]
+        out = part if out is None else jnp.where(tile == k, part, out)
+      made.append(_gather(out, lane, axis=1))
+    new = jnp.concatenate(made)
+    y_ref[:, lanes] = jnp.where(own, new, y_ref[:, lanes].astype(jnp.float32)).astype(y_ref.dtype)
+    return carry
+
+  jax.lax.fori_loop(0, tiles, one, 0)
+
+
+def _kernel(
+    offsets_ref, groups_ref, tiles_ref, starts_ref, x_ref, rows_ref, record_ref, levels_ref,
+    homes_ref, *refs, sizes: Sizes, parts: int, total: int, has_table: bool,
+):
+  table_ref, refs = (refs[0], refs[1:]) if has_table else (None, refs)
+  y_ref, z_ref, patched_ref, spread_ref, *sum_refs = refs
+  visit, strip, n = (pl.program_id(i) for i in range(3))
+  together = min(TOGETHER, sizes.tiles)
+  first_tile = jnp.minimum(n * together, sizes.tiles - together)
+  start = starts_ref[groups_ref[visit] * sizes.strips + strip]
+  # Rows of the strip before its first are seen where it does not start with a register.
+  ahead = start - _first_register(start, total, sizes) * SUBLANES
+
+  own_tiles = []
+  for g in range(together):
+    at = (first_tile + g) * sizes.record
+    own_tiles.append(_Tile(
+        slice(g * LANES, (g + 1) * LANES), at, record_ref[0, at] + ahead,
+        record_ref[0, at + sizes.record] + ahead - 1,
+    ))
+
+  if sizes.patches:
+    @pl.when((visit == 0) & (strip == 0) & (n == 0))
+    def _():
+      patched_ref[...] = jnp.zeros_like(patched_ref)
+
+    for tile in own_tiles:
+      _patch(patched_ref, tile, record_ref, sizes, erase=False)
+
+  for sum_ref in sum_refs:
+    sum_ref[...] = jnp.zeros_like(sum_ref)
+  table = table_ref[...] if has_table else None
+  registers = sizes.form.together * sizes.form.words
+
+  def group(q, starts):
+    made, after = [], []
+    for tile, start in zip(own_tiles, starts):
+      words, start = _decode_group(q, start, tile, sizes, record_ref, rows_ref, table)
+      made.append(words)
+      after.append(start)
+    whole = [jnp.concatenate(parts, axis=1) for parts in zip(*made)]
+    if sizes.patches:
+      whole = [w | patched_ref[q * registers + i] for i, w in enumerate(whole)]
+    _multiply(x_ref, q, whole, sum_refs)
+    return tuple(after)
+
+  zeros = jnp.zeros((SUBLANES, LANES), jnp.int32)
+  jax.lax.fori_loop(0, sizes.groups, group, ((zeros, zeros),) * together)
+  if sizes.patches:
+    for tile in own_tiles:
+      _patch(patched_ref, tile, record_ref, sizes, erase=True)
+
+  columns = pl.ds(pl.multiple_of(first_tile * LANES, LANES), together * LANES)
+  y = ternary.with_levels(
+      [sum_ref[...] for sum_ref in sum_refs], levels_ref[:, columns].astype(jnp.float32), parts
+  )
+  rows = y_ref.shape[0]
+  # The last tiles were seen before where they do not fill a grid step.
+  lane = jax.lax.broadcasted_iota(jnp.int32, y.shape, 1)
+  new = lane >= (n * together - first_tile) * LANES
+  z_ref[:, columns] = jnp.where(
+      strip == 0, y, z_ref[:, columns] + jnp.where(new, y, 0.0)
+  )
+
+  @pl.when((strip == sizes.strips - 1) & (n == pl.num_programs(2) - 1))
+  def _():
+    own = ternary.own_rows(offsets_ref, groups_ref, tiles_ref, (rows, LANES), visit=visit)
+    _move_home(z_ref, homes_ref, spread_ref, y_ref, own)
+
+
+def _first_register(start: Any, total: int, sizes: Sizes) -> Any:
+  """The first register of rows that the grid steps of a strip see."""
+  return jnp.minimum(start >> 3, total - sizes.registers)
+
+
+@functools.partial(jax.jit, static_argnames=('sizes', 'interpret'))
+def subbit_matmul(
+    x_md: jax.Array, rows_rl: jax.Array, starts_s: jax.Array, record_s1w: jax.Array,
+    levels_enc: jax.Array, homes_etl: jax.Array, group_sizes_e: jax.Array, *, sizes: Sizes,
+    interpret: bool = False,
+) -> jax.Array:
+  """See `api.subbit_matmul`."""
+  m = x_md.shape[0]
+  e, levels = levels_enc.shape[:2]
+  rows, parts = _tall(m, x_md.dtype)
+  total_m = -(-m // rows) * rows
+  strips, tiles, columns = sizes.strips, sizes.tiles, sizes.tiles * LANES
+  # Each strip's inputs, and zeros to the end of its last group of steps.
+  depth = layout.depth_of(sizes.d)
+  x_md = jnp.pad(x_md, ((0, total_m - m), (0, strips * depth - sizes.d)))
+  x_md = jnp.pad(
+      x_md.reshape(total_m, strips, depth), ((0, 0), (0, 0), (0, sizes.inputs - depth))
+  ).reshape(total_m, -1)
+  rows_rl = jax.lax.bitcast_convert_type(rows_rl, jnp.int32)
+  short = max(0, sizes.registers * SUBLANES - rows_rl.shape[0])
+  rows_rl = jnp.pad(rows_rl, ((0, short + -(rows_rl.shape[0] + short) % SUBLANES), (0, 0)))
+  registers = rows_rl.reshape(-1, SUBLANES, LANES)
+  total = registers.shape[0]
+  group_sizes = group_sizes_e.astype(jnp.int32)
+  (offsets, groups, row_tiles), visits = make_group_metadata(
+      group_sizes=group_sizes, m=total_m, tm=rows, start_group=jnp.int32(0), num_nonzero_groups=e,
+      visit_empty_groups=False,
+  )
+  x_parts, parts = ternary.bfloat16_parts(x_md, rows)
+  tall = parts * rows
+  together = min(TOGETHER, tiles)
+  table = _pairs(sizes.form)
+  of_expert = lambda *rest: lambda v, k, n, o, groups, t, s: (groups[v], *rest)
+  in_specs = [
+      pl.BlockSpec((tall, sizes.inputs), lambda v, k, n, o, groups, row_tiles, s: (row_tiles[v], k)),
+      pl.BlockSpec(
+          (pl.Element(sizes.registers), pl.Element(SUBLANES), pl.Element(LANES)),
+          lambda v, k, n, o, groups, t, starts: (
+              _first_register(starts[groups[v] * strips + k], total, sizes), 0, 0
+          ),
+      ),
+      pl.BlockSpec(
+          (None, 1, record_s1w.shape[2]),
+          lambda v, k, n, o, groups, t, s: (groups[v] * strips + k, 0, 0),
+          memory_space=pltpu.SMEM,
+      ),
+      pl.BlockSpec((None, levels, columns), of_expert(0, 0)),
+      pl.BlockSpec((None, tiles, LANES), of_expert(0, 0)),
+  ]
+  arguments = [x_parts, registers, record_s1w, levels_enc, homes_etl]
+  if table is not None:
+    in_specs.append(pl.BlockSpec((SUBLANES, LANES), lambda *_: (0, 0)))
+    arguments.append(jnp.asarray(table))
+  made = pl.pallas_call(
+      functools.partial(
+          _kernel, sizes=sizes, parts=parts, total=total, has_table=table is not None
+      ),
+      out_shape=jax.ShapeDtypeStruct((total_m, columns), x_md.dtype),
+      grid_spec=pltpu.PrefetchScalarGridSpec(
+          num_scalar_prefetch=4,
+          grid=(visits, strips, -(-tiles // together)),
+          in_specs=in_specs,
+          out_specs=pl.BlockSpec(
+              (rows, columns), lambda v, k, n, o, groups, row_tiles, s: (row_tiles[v], 0)
+          ),
+          scratch_shapes=[
+              pltpu.VMEM((rows, columns), jnp.float32),
+              pltpu.VMEM(
+                  (sizes.inputs // 128 if sizes.patches else 1, SUBLANES, together * LANES),
+                  jnp.int32,
+              ),
+              pltpu.VMEM((tiles, SUBLANES, LANES), jnp.int32),
+          ] + [pltpu.VMEM((tall, together * LANES), jnp.float32)] * levels,
+      ),
+      compiler_params=pltpu.CompilerParams(
+          dimension_semantics=('arbitrary',) * 3, vmem_limit_bytes=_MOST_VMEM + (16 << 20)
+      ),
+      interpret=interpret,
+      name='subbit_matmul',
+  )(offsets, groups, row_tiles, starts_s.astype(jnp.int32), *arguments)
+  inside = (jnp.arange(m) < group_sizes.sum())[:, None]
+  return jnp.where(inside, made[:m, : sizes.f], jnp.zeros((), made.dtype))
