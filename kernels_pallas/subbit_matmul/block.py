@@ -90,6 +90,37 @@ def single(field: jax.Array, kind: jax.Array, form: layout.Form) -> jax.Array:
   return shl(kind, shl(field, 1) & (2 * form.size - 2))
 
 
+def _merge(codes: list[jax.Array], form: layout.Form) -> list[jax.Array]:
+  """Blocks' bits as words; of the marks above a block's bits none is left."""
+  per_word = form.blocks // form.words
+  words = []
+  for first in range(0, form.blocks, per_word):
+    parts = []
+    for i, code in enumerate(codes[first : first + per_word]):
+      clean = code if i == per_word - 1 else code & layout.mask(2 * form.size)
+      parts.append(shl(clean, 2 * form.size * i))
+    words.append(functools.reduce(lambda a, b: a | b, parts))
+  return words
+
+
+def _without_entries(
+    window: jax.Array, kinds: jax.Array, ends: jax.Array, form: layout.Form, pair_of
+) -> tuple[list[jax.Array], list[jax.Array]]:
+  """The blocks' bits as far as fields say, and all ones for each that has an entry."""
+  codes, has = [], []
+  for j, field in enumerate(fields(window, ends, form)):
+    kind = kinds if j == 0 else shr(kinds, 8 * j)
+    kind = kind & 3 if j < form.blocks - 1 else kind
+    more = kind == layout.MORE
+    bits, entry = pair_of(field)
+    codes.append(jnp.where(more, bits, single(field, kind, form)))
+    if entry is None:
+      has.append(jax.lax.shift_right_arithmetic(codes[-1], jnp.full_like(codes[-1], 31)))
+    else:
+      has.append(jnp.where(more & entry, -1, 0))
+  return codes, has
+
+
 def decode_step(
     class_words: jax.Array, step: int, starts: tuple[jax.Array, jax.Array], form: layout.Form, *,
     fields_at, entries_at, before, pair_of,
@@ -98,7 +129,7 @@ def decode_step(
 
   Args:
     class_words: int32 [8, n], of the step and of those that share its words.
-    step: which of those.
+    step: its place among those.
     starts: int32 [8, n], the same in all rows: bits before the step's fields, and its entries.
     form: of the blocks.
     fields_at, entries_at: give the 32 bits from a bit of each stream, [8, n] of [8, n].
@@ -111,30 +142,11 @@ def decode_step(
   kinds = classes(class_words, step, form)
   ends = field_ends(kinds, form)
   above, total = before(field_bits(ends, form))
-  codes, has = [], []
-  for j, field in enumerate(fields(fields_at(starts[0] + above), ends, form)):
-    kind = kinds if j == 0 else shr(kinds, 8 * j)
-    kind = kind & 3 if j < form.blocks - 1 else kind
-    more = kind == layout.MORE
-    bits, entry = pair_of(field)
-    code = jnp.where(more, bits, single(field, kind, form))
-    # All ones where a block has an entry.
-    if entry is None:
-      has.append(jax.lax.shift_right_arithmetic(code, jnp.full_like(code, 31)))
-      code = code & layout.mask(2 * form.size)
-    else:
-      has.append(jnp.where(more & entry, -1, 0))
-    codes.append(code)
+  codes, has = _without_entries(fields_at(starts[0] + above), kinds, ends, form, pair_of)
   takes = [h & form.entry for h in has]
   entry_above, entry_total = before(functools.reduce(lambda a, b: a + b, takes))
   window = entries_at(starts[1] + entry_above)
-  for j, (h, takes_j) in enumerate(zip(has, takes)):
-    codes[j] = codes[j] | (window & (h & layout.mask(form.entry)))
-    if j + 1 < form.blocks:
-      window = shr(window, takes_j)
-  per_word = form.blocks // form.words
-  words = []
-  for first in range(0, form.blocks, per_word):
-    parts = [shl(codes[first + i], 2 * form.size * i) for i in range(per_word)]
-    words.append(functools.reduce(lambda a, b: a | b, parts))
-  return words, (starts[0] + total, starts[1] + entry_total)
+  for j, h in enumerate(has):
+    codes[j] |= window & (h & layout.mask(form.entry))
+    window = shr(window, takes[j]) if j + 1 < form.blocks else window
+  return _merge(codes, form), (starts[0] + total, starts[1] + entry_total)

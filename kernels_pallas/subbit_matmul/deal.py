@@ -1,6 +1,6 @@
 """Which tile and lane a column is kept in, so that tiles hold like columns and outputs come home.
 
-Tiles take columns by length. A tile's outputs come home in two cheap moves: each lane picks one of
+Tiles take columns in an order, by length. A tile's outputs come home in two cheap moves: each lane picks one of
 the tiles for each 128 outputs, then the lanes of each 128 outputs are permuted. So the columns of
 one lane must come from different 128 outputs: an edge colouring of the bipartite graph from 128
 outputs to tiles, in which every vertex has 128 edges, with 128 colours. Halving the graph along
@@ -31,15 +31,15 @@ def _halved(left: np.ndarray, right: np.ndarray) -> np.ndarray:
   return label < label[at_left]
 
 
-def deal(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Tile and lane of each column, from their lengths, a multiple of 128 of them.
+def deal(order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+  """Tile and lane of each column, from their order, a multiple of 128 of them.
 
-  Tile 0 takes the 128 longest, and so on. Equal lengths keep their order.
+  Tile 0 takes the last 128 in order, and so on.
   """
-  columns = lengths.size
+  columns = order.size
   home = np.arange(columns) // layout.LANES
   rank = np.empty(columns, np.int64)
-  rank[np.argsort(-lengths, kind='stable')] = np.arange(columns)
+  rank[order[::-1]] = np.arange(columns)
   tile = rank // layout.LANES
   lane = np.zeros(columns, np.int64)
   tiles = columns // layout.LANES

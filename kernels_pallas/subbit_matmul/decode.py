@@ -46,7 +46,7 @@ def two_bit_words(
   def group(starts, q):
     classes = word(first + q * layout.SUBLANES + sublane)
     made = []
-    for j in range(min(form.together, steps)):
+    for j in range(form.together):
       words, starts = block.decode_step(
           classes, j, starts, form, before=_before, pair_of=lambda x: block.pair(x, form),
           fields_at=lambda at: bits_at(lambda w: first + head + w, at),
@@ -66,7 +66,7 @@ def _patched(words_wc: jax.Array, patches_tp: jax.Array) -> jax.Array:
   """Half words added where there are zeros."""
   if not patches_tp.shape[1]:
     return words_wc
-  half = (patches_tp >> 23 & 1) * 16
+  half = (patches_tp >> 31) * 16
   column = jnp.arange(patches_tp.shape[0])[:, None] * layout.LANES + (patches_tp >> 16 & 127)
-  row = (patches_tp >> 24).astype(jnp.int32)
+  row = (patches_tp >> 23 & 255).astype(jnp.int32)
   return words_wc.at[row, column.astype(jnp.int32)].add((patches_tp & 0xFFFF) << half)

@@ -19,7 +19,7 @@ class Coded(NamedTuple):
     entries: int32 [strips * tiles, steps], likewise of its entries.
     reach: rows that a step's fields of a tile extend over at most, and its entries.
     homes: uint16 [tiles, 128], see `layout.place_of`; uint32 of more than 65,536 outputs.
-    patches: for each tile of each strip, uint32: 16 bits to set, lane << 16, half << 23, row << 24.
+    patches: for each tile of each strip, uint32: 16 bits to set, lane << 16, row << 23, half << 31.
   """
 
   rows: np.ndarray
@@ -160,7 +160,8 @@ def encode(words_wf: np.ndarray, d: int, size: int) -> Coded:
   entries = [_stream(*a) for a in zip(parts.entries, entry_bits)]
 
   used = [-(-a.lengths // 32) - (-b.lengths // 32) for a, b in zip(fields, entries)]
-  tile, lane = deal(np.sum(used, axis=0))
+  # Columns of one length with like fields are together: they need narrower windows.
+  tile, lane = deal(np.lexsort((sum(a.lengths for a in fields), np.sum(used, axis=0))))
   columns_of = np.empty((tiles, layout.LANES), np.int64)
   columns_of[tile, lane] = np.arange(columns)
 
@@ -197,6 +198,6 @@ def _patches(blocks: np.ndarray, over: np.ndarray, form: layout.Form) -> np.ndar
   for half in range(2):
     value = bits >> np.uint64(16 * half) & np.uint64(0xFFFF)
     keep = value != 0
-    place = lane << 16 | half << 23 | row << 24
+    place = lane << 16 | row << 23 | half << 31
     made.append((value | place.astype(np.uint64))[keep])
   return np.concatenate(made).astype(np.uint32)

@@ -36,6 +36,7 @@ SUBLANES = 8
 STRIP = 4096  # Inputs.
 SIZES = (4, 8, 16)
 ENTRIES = {4: 4, 8: 2, 16: 1}
+PATCHES_AT_ONCE = 4  # Records have room for a multiple of so many.
 ZERO, HIGH, MORE, LOW = range(4)
 
 

@@ -167,68 +167,58 @@ class _Tile(NamedTuple):
   last: jax.Array
 
 
-def _decode_group(
-    q: jax.Array, starts: Any, tile: _Tile, sizes: Sizes, record_ref: Any, rows_ref: Any,
-    table: jax.Array | None,
+def _decode(
+    kinds: jax.Array, q: jax.Array, j: int, starts: Any, tile: _Tile, sizes: Sizes,
+    record_ref: Any, rows_ref: Any, table: jax.Array | None,
 ) -> tuple[list[jax.Array], Any]:
-  """Two-bit words, int32 [8, 128] each, of the steps that share a register of classes."""
-  form, (wide_fields, wide_entries) = sizes.form, sizes.windows
-  head = SUBLANES * sizes.groups
-  classes_at = tile.first + SUBLANES * q
-  kinds = _row(rows_ref, classes_at >> 3, 2, _sublane() + (classes_at & 7))
-  made = []
-  for j in range(form.together):
-    packed = record_ref[0, tile.record + 1 + q * form.together + j]
-    field_register = (tile.first + (packed & 0xFFFF)) >> 3
-    entry_register = (tile.first + block.shr(packed, 16)) >> 3
-    fields_from = tile.first + head - field_register * SUBLANES
-    entries_from = tile.last - entry_register * SUBLANES
-    words, starts = block.decode_step(
-        kinds, j, starts, form, before=_before,
-        fields_at=functools.partial(_bits, lambda word, a=field_register, b=fields_from: _row(
-            rows_ref, a, wide_fields, word + b
-        )),
-        entries_at=functools.partial(_bits, lambda word, a=entry_register, b=entries_from: _row(
-            rows_ref, a, wide_entries, b - word
-        )),
-        pair_of=lambda field: block.pair(field, form) if table is None else (
-            _gather(table, field & layout.mask(2 * form.place + 1), axis=1), None
-        ),
-    )
-    made += words
-  return made, starts
+  """Two-bit words, int32 [8, 128] each, of the j-th step of a group."""
+  form, windows = sizes.form, sizes.windows
+  firsts = record_ref[0, tile.record + 1 + q * form.together + j]
+
+  def fields_at(at):
+    register = (tile.first + (firsts & 0xFFFF)) >> 3
+    ahead = tile.first + SUBLANES * sizes.groups - register * SUBLANES
+    return _bits(lambda word: _row(rows_ref, register, windows[0], word + ahead), at)
+
+  def entries_at(at):
+    register = (tile.first + block.shr(firsts, 16)) >> 3
+    ahead = tile.last - register * SUBLANES
+    return _bits(lambda word: _row(rows_ref, register, windows[1], ahead - word), at)
+
+  def pair_of(field):
+    if table is None:
+      return block.pair(field, form)
+    return _gather(table, field & layout.mask(2 * form.place + 1), axis=1), None
+
+  return block.decode_step(
+      kinds, j, starts, form, before=_before, fields_at=fields_at, entries_at=entries_at,
+      pair_of=pair_of,
+  )
 
 
-def _patch(patched_ref: Any, tile: _Tile, record_ref: Any, sizes: Sizes, erase: bool) -> None:
-  """Writes a tile's patches over zeros, or the zeros again."""
+def _patch(patched_ref: Any, tile: _Tile, record_ref: Any, sizes: Sizes) -> None:
+  """Writes a tile's patches over zeros, some at a time, of which the last may be of no bits."""
   at = tile.record + 1 + sizes.groups * sizes.form.together
   flat = _sublane() * LANES + jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
+  some = layout.PATCHES_AT_ONCE
 
-  def one(i, carry):
-    packed = record_ref[0, at + 1 + i]
-    row = block.shr(packed, 24)
-    place = (row & 7) * LANES + ((packed >> 16) & (LANES - 1))
-    bits = (packed & 0xFFFF) << ((packed >> 23 & 1) * 16)
-    register = row >> 3
-    old = patched_ref[register, :, tile.lanes]
-    new = jnp.zeros_like(old) if erase else old | jnp.where(flat == place, bits, 0)
-    patched_ref[register, :, tile.lanes] = new
+  def write(i, carry):
+    for k in range(some):
+      packed = record_ref[0, at + 1 + i * some + k]
+      register, place = packed >> 26 & 31, packed >> 16 & (SUBLANES * LANES - 1)
+      here = jnp.where(flat == place, packed, 0)
+      bits = block.shl(here & 0xFFFF, block.shr(here, 27) & 16)
+      patched_ref[register, :, tile.lanes] = patched_ref[register, :, tile.lanes] | bits
     return carry
 
-  jax.lax.fori_loop(0, record_ref[0, at], one, 0)
+  jax.lax.fori_loop(0, jax.lax.div(record_ref[0, at] + some - 1, some), write, 0)
 
 
-def _multiply(x_ref: Any, q: jax.Array, registers: list[jax.Array], sum_refs: Any) -> None:
-  """Adds x by the weights of consecutive registers of words to the sums of signs and magnitudes."""
-  chunks = len(registers) // 2
-  for c in range(chunks):
-    words = jnp.concatenate(registers[2 * c : 2 * c + 2])
-    first = pl.multiple_of((q * chunks + c) * two_bit.CHUNK, two_bit.CHUNK)
-    x = x_ref[:, pl.ds(first, two_bit.CHUNK)]
-    for sum_ref, mask in zip(sum_refs, (two_bit.BOTH, two_bit.EXPONENTS)):
-      sum_ref[...] += jnp.dot(
-          x, ternary.weights(words, mask), preferred_element_type=jnp.float32
-      )
+def _multiply(x_ref: Any, chunk: jax.Array, words: jax.Array, sum_refs: Any) -> None:
+  """Adds x by the weights of a chunk's words to the sums by weights and by magnitudes."""
+  x = x_ref[:, pl.ds(pl.multiple_of(chunk * two_bit.CHUNK, two_bit.CHUNK), two_bit.CHUNK)]
+  for sum_ref, mask in zip(sum_refs, (two_bit.BOTH, two_bit.EXPONENTS)):
+    sum_ref[...] += jnp.dot(x, ternary.weights(words, mask), preferred_element_type=jnp.float32)
 
 
 def _move_home(z_ref: Any, homes_ref: Any, spread_ref: Any, y_ref: Any, own: jax.Array) -> None:
@@ -283,7 +273,7 @@ def _kernel(
       patched_ref[...] = jnp.zeros_like(patched_ref)
 
     for tile in own_tiles:
-      _patch(patched_ref, tile, record_ref, sizes, erase=False)
+      _patch(patched_ref, tile, record_ref, sizes)
 
   for sum_ref in sum_refs:
     sum_ref[...] = jnp.zeros_like(sum_ref)
@@ -291,23 +281,31 @@ def _kernel(
   registers = sizes.form.together * sizes.form.words
 
   def group(q, starts):
-    made, after = [], []
-    for tile, start in zip(own_tiles, starts):
-      words, start = _decode_group(q, start, tile, sizes, record_ref, rows_ref, table)
-      made.append(words)
-      after.append(start)
-    whole = [jnp.concatenate(parts, axis=1) for parts in zip(*made)]
-    if sizes.patches:
-      whole = [w | patched_ref[q * registers + i] for i, w in enumerate(whole)]
-    _multiply(x_ref, q, whole, sum_refs)
-    return tuple(after)
+    starts = list(starts)
+    kinds = []
+    for tile in own_tiles:
+      at = tile.first + SUBLANES * q
+      kinds.append(_row(rows_ref, at >> 3, 2, _sublane() + (at & 7)))
+    whole, done = [], 0
+    for j in range(sizes.form.together):
+      made = []
+      for g, tile in enumerate(own_tiles):
+        words, starts[g] = _decode(
+            kinds[g], q, j, starts[g], tile, sizes, record_ref, rows_ref, table
+        )
+        made.append(words)
+      whole += [jnp.concatenate(parts, axis=1) for parts in zip(*made)]
+      while len(whole) >= 2:
+        chunk = q * (registers // 2) + done
+        for i in range(2 if sizes.patches else 0):
+          whole[i] |= patched_ref[2 * chunk + i]
+          patched_ref[2 * chunk + i] = jnp.zeros_like(whole[i])
+        _multiply(x_ref, chunk, jnp.concatenate(whole[:2]), sum_refs)
+        whole, done = whole[2:], done + 1
+    return tuple(starts)
 
   zeros = jnp.zeros((SUBLANES, LANES), jnp.int32)
   jax.lax.fori_loop(0, sizes.groups, group, ((zeros, zeros),) * together)
-  if sizes.patches:
-    for tile in own_tiles:
-      _patch(patched_ref, tile, record_ref, sizes, erase=True)
-
   columns = pl.ds(pl.multiple_of(first_tile * LANES, LANES), together * LANES)
   y = ternary.with_levels(
       [sum_ref[...] for sum_ref in sum_refs], levels_ref[:, columns].astype(jnp.float32), parts
