@@ -59,8 +59,10 @@ _PUBLIC = {
     'TernaryV1': 'moejax.weights',
     'Packed': 'moejax.weights',
     'PackedTernary': 'moejax.weights',
+    'BlockTernary': 'moejax.weights',
     'LowRankSparse': 'moejax.weights',
     'two_bit': 'moejax.weights',
+    'sub_bit': 'moejax.weights',
     # accounting
     'summary': 'moejax.account',
 }

@@ -151,12 +151,15 @@ def test_compressed_experts_generate_unchanged(bits):
   dense = dataclasses.replace(small, params=jax.tree.map(
       lambda x: x.dense(jnp.float32) if is_node(x) else x, small.params, is_leaf=is_node
   ))
-  two_bit = dataclasses.replace(small, params=weights.two_bit(small.params))
+  others = [
+      dataclasses.replace(small, params=recode(small.params))
+      for recode in (weights.two_bit, weights.sub_bit)
+  ]
   for prompts in (PROMPTS, PROMPTS[:1]):
     made = gen.generate(small, prompts, max_new_tokens=6, stop_ids=())
-    if bits == 'ternary':
-      quick = gen.generate(two_bit, prompts, max_new_tokens=6, stop_ids=())
-      np.testing.assert_array_equal(quick.tokens, made.tokens)
+    for other in others if bits == 'ternary' and prompts is PROMPTS else ():
+      again = gen.generate(other, prompts, max_new_tokens=6, stop_ids=())
+      np.testing.assert_array_equal(again.tokens, made.tokens)
     want = gen.generate(dense, prompts, max_new_tokens=6, stop_ids=())
     np.testing.assert_array_equal(made.tokens, want.tokens)
 

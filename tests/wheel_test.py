@@ -72,7 +72,7 @@ import jax
 import numpy as np
 from moejax.compress import compress
 import moejax.report
-import kernels_pallas.subbit_matmul.api
+import kernels_pallas.codeword_matvec.api
 
 assert 'font' in importlib.resources.files('moejax.report').joinpath('style.css').read_text()
 config = moejax.EncDecConfig(

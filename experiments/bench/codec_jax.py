@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench import timing
-from kernels_pallas.subbit_matmul import cases
+from kernels_pallas.codeword_matvec import cases
 from moejax import weights
 from moejax.ops import compressed
 from moejax.ops.expert_dot import expert_dot

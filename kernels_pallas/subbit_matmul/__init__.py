@@ -1,16 +1,18 @@
-"""y = W x for a ternary W kept in variable-to-fixed codewords, never expanded to a dense matrix.
+"""y[rows of e] = x[rows of e] W_e for ternary experts below one bit a weight, from their codes.
 
-W [rows, cols] lies in 16-bit codewords; each stands for a run of ternary weights and is looked up
-as a length and a few signed positions. Blocks of whole rows begin at known codewords.
+    x_md          [m, d]                 bfloat16 or float32, the rows of group 0 first
+    rows_rl       uint32 [r, 128]        codes, tile after tile; see `layout`
+    starts_es     int32 [e, strips]      the first row of each strip of each expert
+    records_es1w  int32 [e, strips, 1, w]  where its tiles are, their windows and patches
+    levels_enc    [e, n, c]              of each column kept the values of a low and of a high
+                                         weight (n = 2), or of a high one, a low one being minus
+                                         that (1); c = 128 tiles
+    homes_etl     uint16 [e, tiles, 128] which outputs the columns kept are; see `layout.homes`
+    group_sizes_e int32 [e]              rows of each expert; rows past their sum give 0
+    sizes         `layout.Sizes`
 
-    words_w     uint16 [w]        codewords of the matrix, perhaps among others' (static window)
-    offsets_b   int32 [blocks+1]  first codeword of each block, and the end of the last
-    levels_r2   [rows, 2]         value of a low and of a high weight of each row
-    length_u    int32 [65536]     weights a codeword stands for
-    fields_ju   uint32 [j, 65536] 32 // field_bits fields a word, (position << 1 | is high), all
-                                  ones where the codeword has no further nonzero
-    max_length                    weights of the longest codeword
-
-`api` is what to call, `ref` the XLA implementation (the product on CPU and on any device without a
-kernel), `cases` the shapes that every implementation is checked and timed on.
+`api` is what to call, `ref` the XLA implementation for CPUs, `tpu` the kernel; `gpu` expands
+experts for want of one. `encode` writes codes, `decode` reads them in XLA, `block` has the
+arithmetic that XLA and the kernel share, `deal` says which columns lie together, `cases` are the
+shapes that all are checked on.
 """

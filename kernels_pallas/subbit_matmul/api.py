@@ -1,10 +1,12 @@
-"""The entry to the product from codewords: picks an implementation, states its cost."""
+"""The entry to the product: picks an implementation by platform and shapes, states its cost."""
 
+import functools
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from kernels_pallas.subbit_matmul import ref
+from kernels_pallas.subbit_matmul import gpu, layout, ref, tpu
 
 
 class Cost(NamedTuple):
@@ -14,28 +16,51 @@ class Cost(NamedTuple):
   flops: float
 
 
-def subbit_matvec(
-    x_c: jax.Array, words_w: jax.Array, offsets_b: jax.Array, levels_r2: jax.Array,
-    length_u: jax.Array, fields_ju: jax.Array, *, field_bits: int, max_length: int,
-    block_rows: int,
+def subbit_matmul(
+    x_md: jax.Array, rows_rl: jax.Array, starts_es: jax.Array, records_es1w: jax.Array,
+    levels_enc: jax.Array, homes_etl: jax.Array, group_sizes_e: jax.Array, sizes: layout.Sizes,
 ) -> jax.Array:
-  """W x for one ternary matrix in codewords, float32 [rows]; see the package for the arguments.
+  """y[rows of e] = x[rows of e] W_e, [m, f] in x's dtype, accumulated in float32.
 
-  The XLA implementation serves every device: no hardware kernel is registered.
+  The kernel on TPU, where it `supports` the product; loops in XLA on CPU; else expanded experts.
+
+  See the package for the arguments.
+
+  Raises:
+    ValueError: shapes that do not fit.
   """
-  return ref.subbit_matvec(
-      x_c, words_w, offsets_b, levels_r2, length_u, fields_ju, field_bits=field_bits,
-      max_length=max_length, block_rows=block_rows,
+  (m, d), (e, n, columns) = x_md.shape, levels_enc.shape
+  tiles = sizes.tiles
+  fits = (
+      d == sizes.d and rows_rl.shape[1:] == (layout.LANES,) and n in (1, 2)
+      and columns == tiles * layout.LANES and starts_es.shape == (e, sizes.strips)
+      and records_es1w.shape == (e, sizes.strips, 1, tiles * sizes.record + 1)
+      and homes_etl.shape == (e, tiles, layout.LANES) and group_sizes_e.shape == (e,)
+  )
+  if not fits:
+    raise ValueError(
+        f'subbit_matmul: x {x_md.shape}, rows {rows_rl.shape}, starts {starts_es.shape}, records '
+        f'{records_es1w.shape}, levels {levels_enc.shape}, homes {homes_etl.shape} and group sizes '
+        f'{group_sizes_e.shape} do not fit {sizes}'
+    )
+  if not (m and e):
+    return jnp.zeros((m, sizes.f), x_md.dtype)
+  on_cpu, on_tpu, expanded = (
+      functools.partial(f.subbit_matmul, sizes=sizes) for f in (ref, tpu, gpu)
+  )
+  return jax.lax.platform_dependent(
+      x_md, rows_rl, starts_es, records_es1w, levels_enc, homes_etl, group_sizes_e, cpu=on_cpu,
+      tpu=expanded if tpu.supports(m, e, sizes, x_md.dtype) else on_tpu, default=expanded,
   )
 
 
-def cost(rows: int, cols: int, bits_per_weight: float, zero_share: float) -> Cost:
-  """What one product moves and does: codes once, x once, y once; an add for each nonzero.
+def cost(
+    m: int, sizes: layout.Sizes, active_groups: int, bits_per_weight: float, itemsize: int
+) -> Cost:
+  """What one product moves and does: the codes of each expert with rows once, x and y once.
 
-  bytes = rows * cols * bits / 8 + 4 * (cols + rows); flops = rows * cols * (1 - zeros) + 4 * rows.
+  bytes = active d f bits / 8 + itemsize m (d + f); flops = 2 m d f.
   """
-  weights = rows * cols
-  return Cost(
-      bytes_moved=weights * bits_per_weight / 8 + 4 * (rows + cols),
-      flops=weights * (1 - zero_share) + 4 * rows,
-  )
+  weights = sizes.d * sizes.f
+  codes, rows = active_groups * weights * bits_per_weight / 8, m * (sizes.d + sizes.f)
+  return Cost(bytes_moved=codes + itemsize * rows, flops=2.0 * m * weights)

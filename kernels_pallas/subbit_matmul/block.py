@@ -26,11 +26,8 @@ def shl(a: jax.Array, n: int | jax.Array) -> jax.Array:
 
 def times(a: jax.Array, n: int) -> jax.Array:
   """a n by shifts, for a small n."""
-  out = None
-  for bit in range(n.bit_length()):
-    if n >> bit & 1:
-      out = shl(a, bit) if out is None else out + shl(a, bit)
-  return out
+  parts = [shl(a, bit) for bit in range(n.bit_length()) if n >> bit & 1]
+  return functools.reduce(lambda x, y: x + y, parts)
 
 
 def _byte(a: jax.Array, i: int) -> jax.Array:
@@ -38,8 +35,8 @@ def _byte(a: jax.Array, i: int) -> jax.Array:
   return shr(a, 24) if i == 3 else shr(a, 8 * i) & 255
 
 
-def classes(words: jax.Array, step: int, form: layout.Form) -> jax.Array:
-  """A step's classes, block j's in byte j."""
+def classes(words: jax.Array, step: int | jax.Array, form: layout.Form) -> jax.Array:
+  """A step's classes, block j's in byte j; a traced step is of the words' shape."""
   every = sum(3 << 8 * j for j in range(form.blocks))
   return shr(words, form.class_shift(step)) & every
 
@@ -122,14 +119,14 @@ def _without_entries(
 
 
 def decode_step(
-    class_words: jax.Array, step: int, starts: tuple[jax.Array, jax.Array], form: layout.Form, *,
-    fields_at, entries_at, before, pair_of,
+    class_words: jax.Array, step: int | jax.Array, starts: tuple[jax.Array, jax.Array],
+    form: layout.Form, *, fields_at, entries_at, before, pair_of,
 ) -> tuple[list[jax.Array], tuple[jax.Array, jax.Array]]:
   """One step's two-bit words, and where the next step's fields and entries start.
 
   Args:
     class_words: int32 [8, n], of the step and of those that share its words.
-    step: its place among those.
+    step: its place among those; if traced, of the words' shape.
     starts: int32 [8, n], the same in all rows: bits before the step's fields, and its entries.
     form: of the blocks.
     fields_at, entries_at: give the 32 bits from a bit of each stream, [8, n] of [8, n].

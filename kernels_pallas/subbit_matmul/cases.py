@@ -1,32 +1,50 @@
-"""Shapes that every implementation of the product is checked on, and those worth timing."""
+"""Shapes that every implementation is checked on, and those whose TPU schedules are counted."""
 
 from typing import NamedTuple
 
+import numpy as np
+
 
 class Case(NamedTuple):
-  """A matrix rows x cols with this share of zeros, in blocks of block_rows (0: the default)."""
+  """Rows of each group, rows that belong to none, widths, share of zeros, weights of a block.
+
+  `spread`: the standard deviation of the share of zeros from output to output.
+  """
 
   name: str
-  rows: int
-  cols: int
-  zero_share: float
-  block_rows: int = 0
+  sizes: tuple[int, ...]
+  outside: int
+  d: int
+  f: int
+  zero_share: float = 0.885
+  block: int = 8
+  spread: float = 0.0
+
+  def signs(self) -> np.ndarray:
+    """int8 [e, d, f]; one output has no high weight, one no weight at all."""
+    rng = np.random.default_rng(len(self.name))
+    zeros = np.clip(self.zero_share + self.spread * rng.normal(size=(1, 1, self.f)), 0, 1)
+    shape = (len(self.sizes), self.d, self.f)
+    signs = np.where(rng.random(shape) < zeros, 0, rng.choice([-1, 1], size=shape))
+    if self.f > 3:
+      signs[:, :, 1] = -np.abs(signs[:, :, 1])
+      signs[:, :, 2] = 0
+    return signs.astype(np.int8)
 
 
 CHECKED: tuple[Case, ...] = (
-    Case('one_weight', 1, 1, 0.0),
-    Case('one_row', 1, 513, 0.885),
-    Case('one_column', 77, 1, 0.6),
-    Case('odd', 37, 129, 0.885, 4),
-    Case('last_block_short', 21, 64, 0.95, 8),
-    Case('dense', 16, 200, 1 / 3, 2),
-    Case('all_zero', 16, 300, 1.0),
-    Case('very_sparse', 64, 700, 0.995, 16),
-)
-
-TIMED: tuple[Case, ...] = (
-    Case('switch_base_wi', 3072, 768, 0.857),
-    Case('switch_base_wo', 768, 3072, 0.857),
-    Case('switch_c_wi', 6144, 2080, 0.886),
-    Case('switch_c_wo', 2080, 6144, 0.886),
+    Case('one_weight', (1,), 0, 1, 1, 0.0),
+    Case('one_row', (0, 1), 0, 24, 40),
+    Case('no_rows', (0, 0, 0), 9, 24, 40),
+    Case('empty_groups', (3, 0, 5, 1), 7, 300, 130),
+    Case('all_on_one', (70, 0, 0), 0, 256, 128),
+    Case('tails', (17, 1, 33), 3, 700, 700, spread=0.05),
+    Case('two_strips', (2, 2), 0, 4500, 24),
+    Case('five_tiles', (2,), 0, 256, 600, spread=0.1),
+    Case('all_zero', (4, 4), 0, 100, 64, 1.0),
+    Case('dense', (4, 12), 0, 512, 128, 0.0),
+    Case('dense_of_4', (4, 12), 0, 300, 128, 0.0, block=4),
+    Case('few_zeros', (3, 2), 1, 520, 130, 0.8, block=4),
+    Case('many_zeros', (3, 2), 1, 520, 130, 0.95, block=16),
+    Case('uneven', (2,), 0, 900, 260, 0.7, spread=0.3),
 )

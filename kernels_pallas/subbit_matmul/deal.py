@@ -1,10 +1,10 @@
 """Which tile and lane a column is kept in, so that tiles hold like columns and outputs come home.
 
-Tiles take columns in an order, by length. A tile's outputs come home in two cheap moves: each lane picks one of
-the tiles for each 128 outputs, then the lanes of each 128 outputs are permuted. So the columns of
-one lane must come from different 128 outputs: an edge colouring of the bipartite graph from 128
-outputs to tiles, in which every vertex has 128 edges, with 128 colours. Halving the graph along
-Euler cycles seven times colours it (Gabow 1976).
+Tiles take columns in an order, by length. A tile's outputs come home in two cheap moves: each lane
+picks one of the tiles for each 128 outputs, then the lanes of each 128 outputs are permuted. So the
+columns of one lane must come from different 128 outputs: an edge colouring, with 128 colours, of
+the bipartite graph from 128 outputs to tiles, in which every vertex has 128 edges. Halving the
+graph along Euler cycles seven times colours it (Gabow 1976).
 """
 
 import numpy as np

@@ -2,7 +2,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kernels_pallas.subbit_matmul import block, layout
 
@@ -15,58 +14,78 @@ def _before(a: jax.Array) -> tuple[jax.Array, jax.Array]:
   return sums - a, jnp.broadcast_to(sums[-1:], a.shape)
 
 
-def two_bit_words(
-    rows_rl: jax.Array, ends_t: jax.Array, homes_tl: jax.Array, patches_tp: jax.Array, d: int, f: int, size: int,
+def kept_words(
+    rows_rl: jax.Array, starts_es: jax.Array, records_es1w: jax.Array, expert: jax.Array | int,
+    sizes: layout.Sizes,
 ) -> jax.Array:
-  """One strip's words, uint32 [depth / 16, f].
+  """One expert's two-bit words, uint32 [strips * depth / 16, 128 tiles], in the order kept.
 
-  Args:
-    rows_rl: uint32 [r, 128], the rows of its tiles and more.
-    ends_t: int32 [tiles + 1], the first row of each tile, and past the last one's.
-    homes_tl: [tiles, 128], see `layout.homes`.
-    patches_tp: uint32 [tiles, p], zeros where there is none.
-    d, f, size: inputs of the matrix, outputs, and weights of a block.
+  See the package for the arrays; `expert` may be traced.
   """
-  form = layout.Form(size)
-  tiles = ends_t.shape[0] - 1
-  columns = tiles * layout.LANES
-  steps, head = layout.steps_of(d, size), layout.class_rows(d, size)
-  flat = jax.lax.bitcast_convert_type(rows_rl, jnp.int32).reshape(-1)
+  pick = lambda a: jax.lax.dynamic_index_in_dim(jnp.asarray(a), expert, 0, keepdims=False)
+  starts_s, records_sw = pick(starts_es), pick(records_es1w)[:, 0]
+  strips = [
+      _strip(jnp.asarray(rows_rl), starts_s[i], records_sw[i], sizes) for i in range(sizes.strips)
+  ]
+  return strips[0] if len(strips) == 1 else jnp.concatenate(strips)
+
+
+def _strip(
+    rows_rl: jax.Array, start: jax.Array, record_w: jax.Array, sizes: layout.Sizes
+) -> jax.Array:
+  """The words of one strip, [depth / 16, 128 tiles]."""
+  form, tiles = sizes.form, sizes.tiles
+  columns, head = tiles * layout.LANES, layout.SUBLANES * sizes.groups
+  of_tile = record_w[:-1].reshape(tiles, -1)
+  ends = jnp.append(of_tile[:, 0], record_w[-1])
+  # Within a window of the rows, so that places are small. Where it would reach past their end it
+  # starts earlier.
+  window = min(sizes.deep, rows_rl.shape[0])
+  begin = jnp.minimum(start, rows_rl.shape[0] - window)
+  flat = jax.lax.dynamic_slice_in_dim(rows_rl, begin, window).reshape(-1)
+  flat, ends = jax.lax.bitcast_convert_type(flat, jnp.int32), ends + (start - begin)
   spread = lambda a: jnp.repeat(a, layout.LANES)[None]
   lane = jnp.tile(jnp.arange(layout.LANES), tiles)[None]
-  first, last = spread(ends_t[:-1]), spread(ends_t[1:] - 1)
+  first, last = spread(ends[:-1]), spread(ends[1:] - 1)
   word = lambda row: flat.at[row * layout.LANES + lane].get(mode='clip')
   sublane = jnp.arange(layout.SUBLANES)[:, None]
+  # XLA would compute what several uses share for each of them.
+  once = jax.lax.optimization_barrier
 
   def bits_at(stream_word, at):
+    at = once(at)
     shift = at & 31
     low, high = word(stream_word(block.shr(at, 5))), word(stream_word(block.shr(at, 5) + 1))
-    return block.shr(low, shift) | block.shl(block.shl(high, 1), 31 - shift)
+    return once(block.shr(low, shift) | block.shl(block.shl(high, 1), 31 - shift))
 
-  def group(starts, q):
-    classes = word(first + q * layout.SUBLANES + sublane)
-    made = []
-    for j in range(form.together):
-      words, starts = block.decode_step(
-          classes, j, starts, form, before=_before, pair_of=lambda x: block.pair(x, form),
-          fields_at=lambda at: bits_at(lambda w: first + head + w, at),
-          entries_at=lambda at: bits_at(lambda w: last - w, at),
-      )
-      made += words
-    return starts, jnp.concatenate(made)
+  def step(t, carry):
+    made, starts = carry
+    classes = word(first + t // form.together * layout.SUBLANES + sublane)
+    words, starts = block.decode_step(
+        once(classes), jnp.broadcast_to(t % form.together, classes.shape), starts, form,
+        before=lambda a: once(_before(once(a))), pair_of=lambda x: once(block.pair(x, form)),
+        fields_at=lambda at: bits_at(lambda w: first + head + w, at),
+        entries_at=lambda at: bits_at(lambda w: last - w, at),
+    )
+    for i, word_rows in enumerate(once(words)):
+      at = (t * form.words + i) * layout.SUBLANES
+      made = jax.lax.dynamic_update_slice(made, word_rows, (at, 0))
+    return made, starts
 
   zeros = jnp.zeros((layout.SUBLANES, columns), jnp.int32)
-  _, made = jax.lax.scan(group, (zeros, zeros), jnp.arange(-(-steps // form.together)))
-  words = jax.lax.bitcast_convert_type(made.reshape(-1, columns), jnp.uint32)
-  words = _patched(words[: layout.depth_of(d) // 16], patches_tp)
-  return words[:, layout.place_of(homes_tl, jnp)[:f]]
+  made = jnp.zeros((layout.depth_of(sizes.d) // 16, columns), jnp.int32)
+  steps = layout.steps_of(sizes.d, sizes.size)
+  made, _ = jax.lax.fori_loop(0, steps, step, (made, (zeros, zeros)))
+  words = jax.lax.bitcast_convert_type(made, jnp.uint32)
+  if not sizes.patches:
+    return words
+  patches = jax.lax.bitcast_convert_type(of_tile[:, -sizes.patches :], jnp.uint32)
+  return _patched(words, patches)
 
 
 def _patched(words_wc: jax.Array, patches_tp: jax.Array) -> jax.Array:
-  """Half words added where there are zeros."""
-  if not patches_tp.shape[1]:
-    return words_wc
-  half = (patches_tp >> 31) * 16
+  """Half words added where there are zeros; unused patches add nothing."""
   column = jnp.arange(patches_tp.shape[0])[:, None] * layout.LANES + (patches_tp >> 16 & 127)
   row = (patches_tp >> 23 & 255).astype(jnp.int32)
-  return words_wc.at[row, column.astype(jnp.int32)].add((patches_tp & 0xFFFF) << half)
+  bits = (patches_tp & 0xFFFF) << ((patches_tp >> 31) * 16)
+  return words_wc.at[row, column.astype(jnp.int32)].add(bits)

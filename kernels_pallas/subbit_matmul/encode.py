@@ -30,13 +30,6 @@ class Coded(NamedTuple):
   homes: np.ndarray
   patches: list[np.ndarray]
 
-  @property
-  def bits(self) -> int:
-    """Bits of all that is kept of the expert, without levels."""
-    patches = sum(p.size for p in self.patches)
-    index = self.fields.size + self.entries.size
-    return 32 * (self.rows.size + patches + self.ends.size) + 16 * index + 8 * self.homes.nbytes
-
 
 class _Parts(NamedTuple):
   """What is written of blocks: classes, and bits and lengths of fields and entries."""
@@ -161,7 +154,7 @@ def encode(words_wf: np.ndarray, d: int, size: int) -> Coded:
 
   used = [-(-a.lengths // 32) - (-b.lengths // 32) for a, b in zip(fields, entries)]
   # Columns of one length with like fields are together: they need narrower windows.
-  tile, lane = deal(np.lexsort((sum(a.lengths for a in fields), np.sum(used, axis=0))))
+  tile, lane = deal(np.lexsort((np.sum([a.lengths for a in fields], axis=0), np.sum(used, axis=0))))
   columns_of = np.empty((tiles, layout.LANES), np.int64)
   columns_of[tile, lane] = np.arange(columns)
 
@@ -201,3 +194,60 @@ def _patches(blocks: np.ndarray, over: np.ndarray, form: layout.Form) -> np.ndar
     place = lane << 16 | row << 23 | half << 31
     made.append((value | place.astype(np.uint64))[keep])
   return np.concatenate(made).astype(np.uint32)
+
+
+def size_for(words_wf: np.ndarray) -> int:
+  """The block size that takes the fewest bits for two-bit words, but for what tiles add."""
+  def bits(size: int) -> int:
+    form = layout.Form(size)
+    blocks = layout.blocks_of(np.pad(words_wf, ((0, -len(words_wf) % 16), (0, 0)))[None], size)
+    parts = _parts(blocks, size)
+    kept = np.minimum(parts.has_entry.sum(3), form.entries)
+    over = parts.has_entry.sum() - kept.sum()
+    fields = parts.field_bits.sum(dtype=np.int64)
+    return int(2 * blocks.size + fields + form.entry * kept.sum() + 32 * over)
+
+  return min(layout.SIZES, key=bits)
+
+
+class Stack(NamedTuple):
+  """Experts in codes: the arrays and sizes that `api.subbit_matmul` takes."""
+
+  rows_rl: np.ndarray
+  starts_es: np.ndarray
+  records_es1w: np.ndarray
+  homes_etl: np.ndarray
+  sizes: layout.Sizes
+
+
+def encode_stack(words_ewf: np.ndarray, d: int, size: int) -> Stack:
+  """Codes experts' two-bit words, uint32 [e, words_of(d), f]; an expert at a time."""
+  f = words_ewf.shape[2]
+  experts = [encode(words, d, size) for words in words_ewf]
+  strips, tiles = layout.strips_of(d), layout.tiles_of(f)
+  most = max(len(p) for coded in experts for p in coded.patches)
+  patches = -(-most // layout.PATCHES_AT_ONCE) * layout.PATCHES_AT_ONCE
+  width = layout.record_words(d, size, patches)
+  records = np.zeros((len(experts), strips, tiles * width + 1), np.int64)
+  starts, first = np.zeros((len(experts), strips), np.int64), 0
+  for e, coded in enumerate(experts):
+    ends = np.concatenate([[0], coded.ends])
+    starts[e] = first + ends[:-1:tiles]
+    for i in range(strips):
+      of_strip = slice(i * tiles, (i + 1) * tiles)
+      record = records[e, i, :-1].reshape(tiles, width)
+      record[:, 0] = ends[of_strip] - ends[i * tiles]
+      steps = coded.fields.shape[1]
+      record[:, 1 : 1 + steps] = coded.fields[of_strip] | coded.entries[of_strip] << 16
+      for row, patch in zip(record[:, width - patches - 1 :], coded.patches[of_strip]):
+        row[0], row[1 : 1 + len(patch)] = len(patch), patch
+      records[e, i, -1] = ends[(i + 1) * tiles] - ends[i * tiles]
+    first += ends[-1]
+  fields, entries = (max(coded.reach[i] for coded in experts) for i in range(2))
+  return Stack(
+      rows_rl=np.concatenate([coded.rows for coded in experts]),
+      starts_es=starts.astype(np.int32),
+      records_es1w=records[:, :, None].astype(np.uint32).view(np.int32),
+      homes_etl=np.stack([coded.homes for coded in experts]),
+      sizes=layout.Sizes(d, f, size, int(records[:, :, -1].max()), (fields, entries), patches),
+  )

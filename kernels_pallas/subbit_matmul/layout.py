@@ -76,9 +76,9 @@ class Form(NamedTuple):
     """Steps whose classes are in one word."""
     return 16 // self.blocks
 
-  def class_shift(self, step: int) -> int:
+  def class_shift(self, step: Any) -> Any:
     """Where in a word the classes of a step's block 0 are."""
-    step %= self.together
+    step = step % self.together
     return 2 * (step % 4) + 16 * (step // 4)
 
 
@@ -133,6 +133,63 @@ def record_words(d: int, size: int, patches: int) -> int:
 
 def mask(bits: int) -> int:
   return (1 << bits) - 1
+
+
+class Sizes(NamedTuple):
+  """What programs depend on, beside the shapes of arrays.
+
+  Attributes:
+    d, f: inputs and outputs.
+    size: weights of a block.
+    deep: rows of the longest strip of an expert.
+    reach: see `encode.Coded`.
+    patches: of the tile with most, rounded up; see `PATCHES_AT_ONCE`.
+  """
+
+  d: int
+  f: int
+  size: int
+  deep: int
+  reach: tuple[int, int]
+  patches: int
+
+  @property
+  def form(self) -> Form:
+    return Form(self.size)
+
+  @property
+  def strips(self) -> int:
+    return strips_of(self.d)
+
+  @property
+  def tiles(self) -> int:
+    return tiles_of(self.f)
+
+  @property
+  def groups(self) -> int:
+    """Groups of steps that share words of classes."""
+    return class_rows(self.d, self.size) // SUBLANES
+
+  @property
+  def windows(self) -> tuple[int, int]:
+    """Registers that hold any run of `reach` rows."""
+    fields, entries = (-(-(rows + SUBLANES - 1) // SUBLANES) for rows in self.reach)
+    return fields, entries
+
+  @property
+  def registers(self) -> int:
+    """Registers of rows that a grid step sees."""
+    return -(-(self.deep + SUBLANES - 1) // SUBLANES) + max(self.windows)
+
+  @property
+  def record(self) -> int:
+    """Words of a tile in an expert's record."""
+    return record_words(self.d, self.size, self.patches)
+
+  @property
+  def inputs(self) -> int:
+    """Inputs of a strip as the kernel sees it."""
+    return self.groups * self.form.together * self.form.inputs
 
 
 def strips(words_wf: Any, d: int, xp: Any = np) -> Any:

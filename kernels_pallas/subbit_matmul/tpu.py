@@ -21,76 +21,18 @@ from kernels_pallas.ternary_matmul import layout as two_bit
 from kernels_pallas.ternary_matmul import tpu as ternary
 
 ROWS = ternary.ROWS
-MOST_ROWS = 64
+MOST_ROWS = 256
 TOGETHER = 4  # Tiles of a grid step.
 LANES, SUBLANES = layout.LANES, layout.SUBLANES
 _MOST_VMEM = 64 << 20
 _MOST_RECORD = 1 << 16  # Words of scalar memory.
 
 
-class Sizes(NamedTuple):
-  """What the kernel's program depends on, beside the shapes of arrays.
-
-  Attributes:
-    d, f: inputs and outputs.
-    size: weights of a block.
-    deep: rows of the longest strip of an expert.
-    reach: see `encode.Coded`.
-    patches: of the tile with most.
-  """
-
-  d: int
-  f: int
-  size: int
-  deep: int
-  reach: tuple[int, int]
-  patches: int
-
-  @property
-  def form(self) -> layout.Form:
-    return layout.Form(self.size)
-
-  @property
-  def strips(self) -> int:
-    return layout.strips_of(self.d)
-
-  @property
-  def tiles(self) -> int:
-    return layout.tiles_of(self.f)
-
-  @property
-  def groups(self) -> int:
-    """Groups of steps that share words of classes."""
-    return layout.class_rows(self.d, self.size) // SUBLANES
-
-  @property
-  def windows(self) -> tuple[int, int]:
-    """Registers that hold any run of `reach` rows."""
-    return tuple(-(-(r + SUBLANES - 1) // SUBLANES) for r in self.reach)
-
-  @property
-  def registers(self) -> int:
-    """Registers of rows that a grid step sees."""
-    return -(-(self.deep + SUBLANES - 1) // SUBLANES) + max(self.windows)
-
-  @property
-  def record(self) -> int:
-    """Words of a tile in an expert's record."""
-    return layout.record_words(self.d, self.size, self.patches)
-
-  @property
-  def inputs(self) -> int:
-    """Inputs of a strip as the kernel sees it."""
-    return self.groups * self.form.together * self.form.inputs
-
-
-def supports(m: int, e: int, sizes: Sizes, dtype: Any) -> str:
+def supports(m: int, e: int, sizes: layout.Sizes, dtype: Any) -> str:
   """Why the kernel does not take a product; '' if it does."""
   refused = ternary.supports(m, sizes.d, sizes.f, e, dtype)
   if refused:
     return refused
-  if m > MOST_ROWS:
-    return f'{m} rows: above {MOST_ROWS} an expert is expanded to two bits once'
   words = sizes.record * sizes.tiles + 1
   if words > _MOST_RECORD:
     return f'{sizes.patches} patches a tile: a record of {words} words, at most {_MOST_RECORD}'
@@ -105,7 +47,7 @@ def _tall(m: int, dtype: Any) -> tuple[int, int]:
   return min(MOST_ROWS, -(-m // ROWS) * ROWS), 3 if jnp.dtype(dtype) == jnp.float32 else 1
 
 
-def _vmem(m: int, sizes: Sizes, dtype: Any) -> int:
+def _vmem(m: int, sizes: layout.Sizes, dtype: Any) -> int:
   rows, parts = _tall(m, dtype)
   columns, wide = sizes.tiles * LANES, min(TOGETHER, sizes.tiles) * LANES
   blocks = (
@@ -134,10 +76,10 @@ def _before(a: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _row(rows_ref: Any, first: jax.Array, count: int, row: jax.Array) -> jax.Array:
   """Each lane's word of a row, counted from register `first`, of `count` registers."""
-  sublane, out = row & 7, None
-  for j in range(count):
-    found = _gather(rows_ref[first + j], sublane)
-    out = found if out is None else jnp.where(row >= SUBLANES * j, found, out)
+  sublane = row & 7
+  out = _gather(rows_ref[first], sublane)
+  for j in range(1, count):
+    out = jnp.where(row >= SUBLANES * j, _gather(rows_ref[first + j], sublane), out)
   return out
 
 
@@ -168,7 +110,7 @@ class _Tile(NamedTuple):
 
 
 def _decode(
-    kinds: jax.Array, q: jax.Array, j: int, starts: Any, tile: _Tile, sizes: Sizes,
+    kinds: jax.Array, q: jax.Array, j: int, starts: Any, tile: _Tile, sizes: layout.Sizes,
     record_ref: Any, rows_ref: Any, table: jax.Array | None,
 ) -> tuple[list[jax.Array], Any]:
   """Two-bit words, int32 [8, 128] each, of the j-th step of a group."""
@@ -196,7 +138,7 @@ def _decode(
   )
 
 
-def _patch(patched_ref: Any, tile: _Tile, record_ref: Any, sizes: Sizes) -> None:
+def _patch(patched_ref: Any, tile: _Tile, record_ref: Any, sizes: layout.Sizes) -> None:
   """Writes a tile's patches over zeros, some at a time, of which the last may be of no bits."""
   at = tile.record + 1 + sizes.groups * sizes.form.together
   flat = _sublane() * LANES + jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
@@ -234,10 +176,9 @@ def _move_home(z_ref: Any, homes_ref: Any, spread_ref: Any, y_ref: Any, own: jax
     lanes = pl.ds(pl.multiple_of(g * LANES, LANES), LANES)
     made = []
     for r in range(0, rows, SUBLANES):
-      out = None
-      for k in range(tiles):
-        part = z_ref[r : r + SUBLANES, k * LANES : (k + 1) * LANES]
-        out = part if out is None else jnp.where(tile == k, part, out)
+      out = z_ref[r : r + SUBLANES, :LANES]
+      for k in range(1, tiles):
+        out = jnp.where(tile == k, z_ref[r : r + SUBLANES, k * LANES : (k + 1) * LANES], out)
       made.append(_gather(out, lane, axis=1))
     new = jnp.concatenate(made)
     y_ref[:, lanes] = jnp.where(own, new, y_ref[:, lanes].astype(jnp.float32)).astype(y_ref.dtype)
@@ -248,9 +189,11 @@ def _move_home(z_ref: Any, homes_ref: Any, spread_ref: Any, y_ref: Any, own: jax
 
 def _kernel(
     offsets_ref, groups_ref, tiles_ref, starts_ref, x_ref, rows_ref, record_ref, levels_ref,
-    homes_ref, *refs, sizes: Sizes, parts: int, total: int, has_table: bool,
+    homes_ref, *refs, sizes: layout.Sizes, parts: int, total: int, has_table: bool,
 ):
-  table_ref, refs = (refs[0], refs[1:]) if has_table else (None, refs)
+  table: Any = None
+  if has_table:
+    table, refs = refs[0][...], refs[1:]
   y_ref, z_ref, patched_ref, spread_ref, *sum_refs = refs
   visit, strip, n = (pl.program_id(i) for i in range(3))
   together = min(TOGETHER, sizes.tiles)
@@ -277,7 +220,6 @@ def _kernel(
 
   for sum_ref in sum_refs:
     sum_ref[...] = jnp.zeros_like(sum_ref)
-  table = table_ref[...] if has_table else None
   registers = sizes.form.together * sizes.form.words
 
   def group(q, starts):
@@ -324,16 +266,16 @@ def _kernel(
     _move_home(z_ref, homes_ref, spread_ref, y_ref, own)
 
 
-def _first_register(start: Any, total: int, sizes: Sizes) -> Any:
+def _first_register(start: Any, total: int, sizes: layout.Sizes) -> Any:
   """The first register of rows that the grid steps of a strip see."""
   return jnp.minimum(start >> 3, total - sizes.registers)
 
 
 @functools.partial(jax.jit, static_argnames=('sizes', 'interpret'))
 def subbit_matmul(
-    x_md: jax.Array, rows_rl: jax.Array, starts_s: jax.Array, record_s1w: jax.Array,
-    levels_enc: jax.Array, homes_etl: jax.Array, group_sizes_e: jax.Array, *, sizes: Sizes,
-    interpret: bool = False,
+    x_md: jax.Array, rows_rl: jax.Array, starts_es: jax.Array, records_es1w: jax.Array,
+    levels_enc: jax.Array, homes_etl: jax.Array, group_sizes_e: jax.Array, *,
+    sizes: layout.Sizes, interpret: bool = False,
 ) -> jax.Array:
   """See `api.subbit_matmul`."""
   m = x_md.shape[0]
@@ -363,7 +305,7 @@ def subbit_matmul(
   table = _pairs(sizes.form)
   of_expert = lambda *rest: lambda v, k, n, o, groups, t, s: (groups[v], *rest)
   in_specs = [
-      pl.BlockSpec((tall, sizes.inputs), lambda v, k, n, o, groups, row_tiles, s: (row_tiles[v], k)),
+      pl.BlockSpec((tall, sizes.inputs), lambda v, k, n, o, g, row_tiles, s: (row_tiles[v], k)),
       pl.BlockSpec(
           (pl.Element(sizes.registers), pl.Element(SUBLANES), pl.Element(LANES)),
           lambda v, k, n, o, groups, t, starts: (
@@ -371,14 +313,14 @@ def subbit_matmul(
           ),
       ),
       pl.BlockSpec(
-          (None, 1, record_s1w.shape[2]),
-          lambda v, k, n, o, groups, t, s: (groups[v] * strips + k, 0, 0),
+          (None, None, 1, records_es1w.shape[3]),
+          lambda v, k, n, o, groups, t, s: (groups[v], k, 0, 0),
           memory_space=pltpu.SMEM,
       ),
       pl.BlockSpec((None, levels, columns), of_expert(0, 0)),
       pl.BlockSpec((None, tiles, LANES), of_expert(0, 0)),
   ]
-  arguments = [x_parts, registers, record_s1w, levels_enc, homes_etl]
+  arguments = [x_parts, registers, records_es1w, levels_enc, homes_etl]
   if table is not None:
     in_specs.append(pl.BlockSpec((SUBLANES, LANES), lambda *_: (0, 0)))
     arguments.append(jnp.asarray(table))
@@ -408,6 +350,6 @@ def subbit_matmul(
       ),
       interpret=interpret,
       name='subbit_matmul',
-  )(offsets, groups, row_tiles, starts_s.astype(jnp.int32), *arguments)
+  )(offsets, groups, row_tiles, starts_es.reshape(-1), *arguments)
   inside = (jnp.arange(m) < group_sizes.sum())[:, None]
   return jnp.where(inside, made[:m, : sizes.f], jnp.zeros((), made.dtype))

@@ -56,14 +56,18 @@ def _rows(x_md: jax.Array, words_wf: jax.Array, levels_nf: jax.Array) -> jax.Arr
   return jax.lax.fori_loop(0, w // layout.WORDS, add, jnp.zeros((m, f), jnp.float32))
 
 
+def product(x_md: jax.Array, words_wf: jax.Array, levels_nf: jax.Array) -> jax.Array:
+  """x by one expert, float32 [m, f]."""
+  return (_one_row if len(x_md) == 1 else _rows)(x_md, words_wf, levels_nf)
+
+
 def ternary_matmul(
     x_md: jax.Array, words_ewf: jax.Array, levels_enf: jax.Array, group_sizes_e: jax.Array
 ) -> jax.Array:
   """See `api.ternary_matmul`."""
   pick = lambda a, e: jax.lax.dynamic_index_in_dim(a, e, 0, keepdims=False)
 
-  def product(e, x_block):
-    one = _one_row if len(x_block) == 1 else _rows
-    return one(x_block, pick(words_ewf, e), pick(levels_enf, e))
-
-  return grouped.in_blocks(x_md, product, group_sizes_e, words_ewf.shape[2])
+  return grouped.in_blocks(
+      x_md, lambda e, x_block: product(x_block, pick(words_ewf, e), pick(levels_enf, e)),
+      group_sizes_e, words_ewf.shape[2],
+  )

@@ -78,7 +78,7 @@ def with_levels(sums: list[jax.Array], levels: jax.Array, parts: int) -> jax.Arr
 
 
 def own_rows(
-    offsets_ref: Any, groups_ref: Any, tiles_ref: Any, shape: tuple[int, int], *, visit: Any
+    offsets_ref: Any, groups_ref: Any, tiles_ref: Any, shape: tuple[int, ...], *, visit: Any
 ) -> jax.Array:
   """Which rows of a visit's tile of rows are its expert's."""
   row = tiles_ref[visit] * shape[0] + jax.lax.broadcasted_iota(jnp.int32, shape, 0)

@@ -90,6 +90,8 @@ def dense(weight: Any) -> np.ndarray:
     rows = dequantize(
         weight.symbols(), levels.astype(np.float32), weight.width, weight.group_size or weight.cols
     )
+  elif isinstance(weight, weights.BlockTernary):
+    return dense(weight.two_bit())
   elif isinstance(weight, weights.Ternary | weights.TernaryV1 | weights.PackedTernary):
     two = isinstance(weight, weights.PackedTernary)
     levels = np.asarray(weight.row_levels() if two else weight.levels, np.float32)

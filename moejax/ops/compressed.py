@@ -1,7 +1,7 @@
 """expert_dot for weight nodes: one expert at a time is expanded, used for its tokens and dropped.
 
-A single token goes through `kernels_pallas.subbit_matmul`, which expands nothing; a low rank and a
-few columns are never expanded either.
+A single token goes through codewords by `kernels_pallas.codeword_matvec`, which expands nothing; a
+low rank and a few columns are never expanded either.
 """
 
 import functools
@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kernels_pallas.codeword_matvec import api as codewords
 from kernels_pallas.grouped_matmul import ref as grouped
-from kernels_pallas.subbit_matmul import api as subbit
+from kernels_pallas.subbit_matmul import api as sub_bit
 from kernels_pallas.ternary_matmul import api as two_bit
 from moejax import weights
 from moejax.codec import ternary_jax
@@ -29,6 +30,8 @@ def compressed_expert_dot(x_md: jax.Array, node: Any, group_sizes_e: jax.Array) 
     return two_bit.ternary_matmul(
         x_md, jnp.asarray(node.words), jnp.asarray(node.levels), group_sizes_e
     )
+  if isinstance(node, weights.BlockTernary):
+    return sub_bit.subbit_matmul(x_md, *node.arrays(), group_sizes_e, node.sizes)
   if isinstance(node, weights.LowRankSparse):
     return low_rank_sparse_dot(x_md, node, group_sizes_e)
   if isinstance(node, weights.Packed) and x_md.shape[0]:
@@ -85,7 +88,7 @@ def ternary_matvec(x_d: jax.Array, node: weights.Ternary, expert: jax.Array) -> 
 
   def matvec(design):
     codes = ternary_jax.decode_table(design)
-    return lambda: subbit.subbit_matvec(
+    return lambda: codewords.codeword_matvec(
         x_d, words, offsets, levels, jnp.asarray(codes.length_u), jnp.asarray(codes.fields_ju),
         field_bits=codes.bits, max_length=int(codes.length_u.max()), block_rows=node.block_rows,
     )

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from moejax.weights import base
+from moejax.weights.block_ternary import BlockTernary
 from moejax.weights.mixed import Mixed
 from moejax.weights.packed import Packed
 from moejax.weights.packed_ternary import PackedTernary
@@ -18,7 +19,7 @@ from moejax.weights.ternary import Ternary
 from moejax.weights.ternary_v1 import TernaryV1
 
 KEPT_CLASSES: dict[str, type[base.WeightNode]] = {
-    c.__name__: c for c in (Ternary, TernaryV1, Packed, PackedTernary, Mixed)
+    c.__name__: c for c in (Ternary, TernaryV1, Packed, PackedTernary, BlockTernary, Mixed)
 }
 _ARRAY = 'array'
 

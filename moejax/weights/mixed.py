@@ -10,13 +10,14 @@ from jax.sharding import Mesh, PartitionSpec
 import numpy as np
 
 from moejax.weights import base
+from moejax.weights.block_ternary import BlockTernary
 from moejax.weights.packed import Packed
 from moejax.weights.packed_ternary import PackedTernary
 from moejax.weights.ternary import Ternary
 from moejax.weights.ternary_v1 import TernaryV1
 
 PART_CLASSES: dict[str, type[base.WeightNode]] = {
-    c.__name__: c for c in (Ternary, TernaryV1, Packed, PackedTernary)
+    c.__name__: c for c in (Ternary, TernaryV1, Packed, PackedTernary, BlockTernary)
 }
 _ARRAY = 'array'
 

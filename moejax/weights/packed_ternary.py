@@ -105,15 +105,3 @@ class PackedTernary(base.WeightNode):
 
   def expert_rows(self, i: jax.Array | int, dtype: Any) -> jax.Array:
     return self.expert(i, dtype).T
-
-
-def two_bit(params: Any) -> Any:
-  """The tree with every ternary node at two bits a weight (host arrays): larger, and quicker.
-
-  The weights are the same ones. Nodes of other classes and arrays stay as they are.
-  """
-  ternary = (Ternary, TernaryV1)
-  return jax.tree.map(
-      lambda leaf: PackedTernary.from_node(leaf) if isinstance(leaf, ternary) else leaf, params,
-      is_leaf=lambda leaf: isinstance(leaf, ternary),
-  )

@@ -1,4 +1,4 @@
-"""The product from codewords against float64, on every listed case."""
+"""The product from codes of blocks against float64 on every case, by every implementation."""
 
 import functools
 
@@ -7,52 +7,166 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.subbit_matmul import api, cases
-from moejax.codec import ternary, ternary_jax
+from kernels_pallas.subbit_matmul import api, cases, deal, decode, encode, gpu, layout, ref, tpu
+from kernels_pallas.ternary_matmul import layout as two_bit
+
+PRODUCTS = {
+    name: jax.jit(module.subbit_matmul, static_argnames='sizes')
+    for name, module in (('ref', ref), ('gpu', gpu))
+}
+CASES = pytest.mark.parametrize('case', cases.CHECKED, ids=lambda c: c.name)
 
 
-def operands(case):
-  rng = np.random.default_rng(0)
-  p = [case.zero_share, (1 - case.zero_share) / 2, (1 - case.zero_share) / 2]
-  symbols = rng.choice(3, size=(1, case.rows, case.cols), p=p)
-  encoded = ternary.encode(symbols, block_rows=case.block_rows or None)
-  levels = np.stack([-1 - rng.random(case.rows), 1 + rng.random(case.rows)], 1).astype(np.float32)
-  x = rng.normal(size=case.cols).astype(np.float32)
-  dense = np.where(symbols[0] == 1, levels[:, :1], np.where(symbols[0] == 2, levels[:, 1:], 0))
-  table = ternary_jax.decode_table(int(encoded.design_e[0]))
-  args = (x, encoded.words_w, encoded.offsets_eb[0].astype(np.int32), levels, table.length_u,
-          table.fields_ju)
-  static = {'field_bits': table.bits, 'max_length': int(table.length_u.max()),
-            'block_rows': encoded.block_rows}
-  return args, static, dense.astype(np.float64) @ x
+@functools.cache
+def coded(case):
+  """Signs, two-bit words and codes."""
+  signs = case.signs()
+  words = two_bit.pack(signs)
+  return signs, words, encode.encode_stack(words, case.d, case.block)
 
 
-@pytest.mark.parametrize('case', cases.CHECKED, ids=lambda c: c.name)
-def test_equals_the_exact_product(case):
-  args, static, exact = operands(case)
-  y = jax.jit(functools.partial(api.subbit_matvec, **static))(*map(jnp.asarray, args))
-  assert y.dtype == jnp.float32
-  assert np.abs(np.asarray(y) - exact).max() <= 1e-5 * max(np.abs(exact).max(), 1e-3)
+def kept(levels_enf, homes_etl):
+  """Levels of outputs as those of the columns kept."""
+  out = np.zeros((*levels_enf.shape[:2], homes_etl.shape[1] * layout.LANES), levels_enf.dtype)
+  for i, homes in enumerate(homes_etl):
+    out[i][:, layout.place_of(homes)[: levels_enf.shape[2]]] = levels_enf[i]
+  return out
 
 
-def test_codewords_of_other_matrices_in_the_window_do_not_count():
-  args, static, exact = operands(cases.CHECKED[3])
-  x, words, offsets, *rest = args
-  around = np.concatenate([words[:7], words, words[:5]])
-  run = jax.jit(functools.partial(api.subbit_matvec, **static))
-  y = run(x, around, offsets + 7, *rest)
-  np.testing.assert_allclose(y, exact, rtol=1e-4, atol=1e-4)
+def operands(case, levels, dtype=jnp.float32):
+  """Rows outside all groups are NaN; levels of bfloat16's precision."""
+  signs, _, stack = coded(case)
+  rng = np.random.default_rng(len(case.name))
+  values = np.sort(rng.normal(size=(len(case.sizes), 2, case.f)), axis=1)[:, 2 - levels :]
+  values = np.asarray(jnp.asarray(values, jnp.bfloat16), np.float32)
+  rows = sum(case.sizes) + case.outside
+  x = jnp.asarray(rng.normal(size=(rows, case.d)), dtype).at[sum(case.sizes) :].set(jnp.nan)
+  args = (
+      x, stack.rows_rl, stack.starts_es, stack.records_es1w, kept(values, stack.homes_etl),
+      stack.homes_etl, jnp.array(case.sizes, jnp.int32),
+  )
+  low = values[:, :1] if levels == 2 else -values
+  dense = np.where(signs > 0, values[:, -1:], np.where(signs < 0, low, 0.0)).astype(np.float64)
+  y, end = np.zeros((rows, case.f)), 0
+  for size, w in zip(case.sizes, dense):
+    y[end : end + size] = np.float64(x[end : end + size]) @ w
+    end += size
+  return tuple(map(jnp.asarray, args)), stack.sizes, y
 
 
-def test_nothing_dense_is_allocated():
-  case = cases.Case('memory', 256, 1024, 0.885)
-  args, static, _ = operands(case)
-  run = jax.jit(functools.partial(api.subbit_matvec, **static))
-  memory = run.lower(*map(jnp.asarray, args)).compile().memory_analysis()
-  assert memory.temp_size_in_bytes < 4 * case.rows * case.cols / 2
+LEVELS = pytest.mark.parametrize(
+    'levels, dtype', [(2, jnp.float32), (1, jnp.bfloat16)], ids=['2_float32', '1_bfloat16']
+)
 
 
-def test_cost_counts_codes_and_nonzeros():
-  cost = api.cost(768, 3072, 0.667, 0.885)
-  assert cost.bytes_moved == pytest.approx(768 * 3072 * 0.667 / 8 + 4 * 3840)
-  assert cost.flops == pytest.approx(768 * 3072 * 0.115 + 4 * 768)
+def check(product, case, levels, dtype):
+  args, sizes, expected = operands(case, levels, dtype)
+  y = product(*args, sizes=sizes)
+  assert y.dtype == dtype and y.shape == (args[0].shape[0], case.f)
+  step = 2.0**-8 if dtype == jnp.bfloat16 else 1e-6
+  np.testing.assert_allclose(
+      np.float64(y), expected, rtol=0, atol=step * max(1.0, np.abs(expected).max())
+  )
+
+
+@CASES
+@LEVELS
+@pytest.mark.parametrize('name', PRODUCTS)
+def test_product(name, case, levels, dtype):
+  check(PRODUCTS[name], case, levels, dtype)
+
+
+@pytest.mark.long(but=tuple(
+    f'2_float32-{name}' for name in ('one_row', 'empty_groups', 'two_strips', 'dense_of_4')
+))
+@CASES
+@LEVELS
+def test_kernel(case, levels, dtype):
+  check(functools.partial(tpu.subbit_matmul, interpret=True), case, levels, dtype)
+
+
+@CASES
+@pytest.mark.parametrize('block', layout.SIZES)
+def test_every_matrix_comes_back(block, case):
+  _, words, _ = coded(case)
+  stack = encode.encode_stack(words, case.d, block)
+  read = jax.jit(decode.kept_words, static_argnames='sizes')
+  for e, words_wf in enumerate(words):
+    made = read(*stack[:3], e, sizes=stack.sizes)
+    places = layout.place_of(stack.homes_etl[e])[: case.f]
+    np.testing.assert_array_equal(np.asarray(made)[: len(words_wf), places], words_wf)
+
+
+def test_the_published_share_of_zeros_takes_71_hundredths_of_a_bit():
+  case = cases.Case('rate', (1,), 0, 4096, 2048)
+  _, words, stack = coded(case)
+  assert encode.size_for(words[0]) == 8
+  bits = 8 * sum(a.nbytes for a in stack[:4]) + 32 * case.f  # Two bfloat16 levels an output.
+  assert bits / (case.d * case.f) <= 0.71
+
+
+@pytest.mark.parametrize('zero_share, block', [(0.75, 4), (0.885, 8), (0.98, 16)])
+def test_the_block_follows_the_share_of_zeros(zero_share, block):
+  case = cases.Case('share', (1,), 0, 1024, 128, zero_share)
+  _, words, _ = coded(case)
+  assert encode.size_for(words[0]) == block
+
+
+@pytest.mark.parametrize('columns', (128, 256, 1408, 4096))
+def test_tiles_take_the_longest_and_outputs_come_home(columns):
+  order = np.random.default_rng(0).permutation(columns)
+  tile, lane = deal.deal(order)
+  assert all(set(tile[order[::-1][i : i + 128]]) == {i // 128} for i in range(0, columns, 128))
+  home = np.arange(columns) // 128
+  for a in (tile, home):
+    assert len({*zip(a.tolist(), lane.tolist())}) == columns
+  places = layout.place_of(layout.homes(tile, lane))
+  np.testing.assert_array_equal(places, tile * 128 + lane)
+
+
+def test_the_kernel_says_what_it_does_not_take():
+  sizes = coded(cases.CHECKED[1])[2].sizes
+  assert tpu.supports(1, 2, sizes, jnp.float32) == ''
+  assert 'float16' in tpu.supports(1, 2, sizes, jnp.float16)
+  assert 'm = 0' in tpu.supports(0, 2, sizes, jnp.float32)
+  assert 'patches' in tpu.supports(1, 2, sizes._replace(patches=1 << 17), jnp.float32)
+  wide = sizes._replace(f=1 << 17)
+  assert 'vector memory' in tpu.supports(256, 2, wide, jnp.float32)
+
+
+def test_what_the_kernel_does_not_take_goes_by_xla():
+  args, sizes, expected = operands(cases.CHECKED[1], 2, jnp.float16)
+  traced = jax.jit(functools.partial(api.subbit_matmul, sizes=sizes)).trace(*args)
+  assert 'tpu_custom_call' not in traced.lower(lowering_platforms=('tpu',)).as_text()
+  np.testing.assert_allclose(api.subbit_matmul(*args, sizes=sizes), expected, atol=2e-2)
+  none = api.subbit_matmul(args[0][:0], *args[1:6], jnp.zeros(2, jnp.int32), sizes=sizes)
+  assert none.shape == (0, 40)
+
+
+def test_only_a_tpu_gets_the_kernel():
+  args, sizes, _ = operands(cases.CHECKED[1], 2)
+  traced = jax.jit(functools.partial(api.subbit_matmul, sizes=sizes)).trace(*args)
+  texts = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ('tpu', 'cuda', 'cpu')}
+  assert {p: 'tpu_custom_call' in text for p, text in texts.items()} == {
+      'tpu': True, 'cuda': False, 'cpu': False,
+  }
+
+
+def test_shapes_that_do_not_fit_are_named():
+  args, sizes, _ = operands(cases.CHECKED[1], 2)
+  with pytest.raises(ValueError, match=r'x \(1, 23\), rows'):
+    api.subbit_matmul(args[0][:, :23], *args[1:], sizes=sizes)
+
+
+def test_nothing_dense_is_allocated_on_the_cpu():
+  case = cases.Case('memory', (1, 0), 0, 2048, 512)
+  args, sizes, _ = operands(case, 2)
+  memory = PRODUCTS['ref'].lower(*args, sizes=sizes).compile().memory_analysis()
+  assert memory.temp_size_in_bytes < 4 * case.d * case.f / 3
+
+
+def test_the_cost_counts_each_expert_with_rows_once():
+  sizes = coded(cases.CHECKED[1])[2].sizes._replace(d=4096, f=512)
+  few, many = (api.cost(4, sizes, active, 0.7, 2) for active in (1, 3))
+  assert few.flops == many.flops == 2 * 4 * 4096 * 512
+  assert many.bytes_moved - few.bytes_moved == pytest.approx(2 * 4096 * 512 * 0.7 / 8)

@@ -30,6 +30,8 @@ def make(name):
     return weights.Ternary.from_symbols(symbols(), levels())
   if name == 'ternary_v1':
     return weights.TernaryV1.from_symbols(symbols(), levels())
+  if name == 'block_ternary':
+    return weights.BlockTernary.from_symbols(symbols(), levels())
   if name.startswith('packed_ternary'):
     size = np.abs(levels()) if name.endswith('two') else np.abs(levels()[..., 1:])
     return weights.PackedTernary.from_symbols(symbols(), size * [-1, 1])
@@ -44,7 +46,8 @@ def make(name):
 
 
 each_node = pytest.mark.parametrize('name', [
-    'ternary', 'ternary_v1', 'packed', 'packed_ternary_one', 'packed_ternary_two', 'mixed',
+    'ternary', 'ternary_v1', 'packed', 'packed_ternary_one', 'packed_ternary_two', 'block_ternary',
+    'mixed',
 ])
 
 
@@ -68,7 +71,7 @@ def test_it_lowers_for_accelerators(name, platform):
   sizes = jnp.asarray([3, 0, 5, 1, 0, 7], jnp.int32)
   traced = jax.jit(expert_dot).trace(jnp.ones((16, COLS)), make(name), sizes)
   text = traced.lower(lowering_platforms=(platform,)).as_text()
-  own_kernel = platform == 'tpu' and name.startswith('packed_ternary')
+  own_kernel = platform == 'tpu' and name.startswith(('packed_ternary', 'block_ternary'))
   assert ('tpu_custom_call' in text) == own_kernel
 
 

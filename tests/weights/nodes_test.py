@@ -58,6 +58,11 @@ def packed_ternary():
   return weights.PackedTernary.from_node(node), values
 
 
+def block_ternary():
+  node, values = ternary()
+  return weights.BlockTernary.from_node(node), values
+
+
 def ternary_v1():
   symbols, levels = ternary_symbols(), ternary_levels()
   return weights.TernaryV1.from_symbols(symbols, levels), ternary_values(symbols, levels)
@@ -79,6 +84,7 @@ NODES = {
     'ternary': ternary,
     'ternary_v1': ternary_v1,
     'packed_ternary': packed_ternary,
+    'block_ternary': block_ternary,
     'packed_2': lambda: packed(2),
     'packed_3': lambda: packed(3),
     'packed_4_groups': lambda: packed(4, 32, ml_dtypes.bfloat16),
