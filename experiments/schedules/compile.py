@@ -30,10 +30,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from experiments.schedules import dump
+from kernels_pallas.subbit_matmul import cases as subbit_matmul
 from kernels_pallas.ternary_matmul import cases as ternary_matmul
 
 CHIPS = {'v5e': 'v5e:2x2', 'v5p': 'v5p:2x2x1', 'v6e': 'v6e:2x2'}
-KERNELS = {'ternary_matmul': ternary_matmul.scheduled}
+KERNELS = {
+    'ternary_matmul': ternary_matmul.scheduled, 'subbit_matmul': subbit_matmul.scheduled,
+}
 TILE = 2048 * 512  # Weights that figures are given for.
 
 
@@ -52,7 +55,7 @@ def measure(chip: str) -> dict[str, dict[str, Any]]:
       schedule = found[kernel]
       made[kernel][case.name] = {
           'bundles': schedule.bundles, 'spills': schedule.spills,
-          'a_tile': round(schedule.bundles * TILE / case.step_weights),
+          'a_tile': round(schedule.run(case.trips) * TILE / case.step_weights),
       }
   return made
 

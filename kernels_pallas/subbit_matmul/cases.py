@@ -1,8 +1,15 @@
 """Shapes that every implementation is checked on, and those whose TPU schedules are counted."""
 
+from collections.abc import Iterator
+import functools
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+
+from kernels_pallas.subbit_matmul import layout, tpu
+from kernels_pallas.ternary_matmul.cases import Scheduled
 
 
 class Case(NamedTuple):
@@ -48,3 +55,36 @@ CHECKED: tuple[Case, ...] = (
     Case('many_zeros', (3, 2), 1, 520, 130, 0.95, block=16),
     Case('uneven', (2,), 0, 900, 260, 0.7, spread=0.3),
 )
+
+# Blocks of 8 of 4096 x 4096 weights of which 88.5 % are zeros, independent of each other: rows a
+# tile, rows that a step's fields and entries reach over, patches of the tile with most, and of all.
+_ROWS, _REACH, _MOST_PATCHES, _PATCHES = 90, (12, 10), 20, 10
+
+
+def scheduled() -> Iterator[Scheduled]:
+  """Whole tiles of eight experts, with two levels an output and with one."""
+  e, d, f = 8, 4096, 2048
+  tiles = layout.tiles_of(f)
+  sizes = layout.Sizes(d, f, 8, tiles * _ROWS, _REACH, _MOST_PATCHES)
+  # Four tiles' patches, the groups of steps, and once an expert the moves of its outputs.
+  rounds = -(-_PATCHES // layout.PATCHES_AT_ONCE)
+  trips = (*[rounds] * tpu.TOGETHER, sizes.groups, tpu.TOGETHER)
+  for m, dtype, of_levels in (
+      (16, jnp.bfloat16, (2, 1)), (64, jnp.bfloat16, (2,)), (256, jnp.bfloat16, (2,)),
+      (16, jnp.float32, (2,)),
+  ):
+    for levels in of_levels:
+      structs = (
+          jax.ShapeDtypeStruct((m, d), dtype),
+          jax.ShapeDtypeStruct((e * sizes.deep, layout.LANES), jnp.uint32),
+          jax.ShapeDtypeStruct((e, 1), jnp.int32),
+          jax.ShapeDtypeStruct((e, 1, 1, tiles * sizes.record + 1), jnp.int32),
+          jax.ShapeDtypeStruct((e, levels, f), jnp.bfloat16),
+          jax.ShapeDtypeStruct((e, tiles, layout.LANES), jnp.uint16),
+          jax.ShapeDtypeStruct((e,), jnp.int32),
+      )
+      name = f'{m} rows, {jnp.dtype(dtype).name}, {levels} level{"s" if levels > 1 else ""}'
+      yield Scheduled(
+          name, functools.partial(tpu.subbit_matmul, sizes=sizes), structs,
+          d * tpu.TOGETHER * layout.LANES, trips,
+      )

@@ -42,13 +42,13 @@ def _strip(
   # starts earlier.
   window = min(sizes.deep, rows_rl.shape[0])
   begin = jnp.minimum(start, rows_rl.shape[0] - window)
-  flat = jax.lax.dynamic_slice_in_dim(rows_rl, begin, window).reshape(-1)
-  flat, ends = jax.lax.bitcast_convert_type(flat, jnp.int32), ends + (start - begin)
+  window_rl = jax.lax.dynamic_slice_in_dim(rows_rl, begin, window)
+  window_rl = jax.lax.bitcast_convert_type(window_rl, jnp.int32)
+  flat, ends = window_rl.reshape(-1), ends + (start - begin)
   spread = lambda a: jnp.repeat(a, layout.LANES)[None]
   lane = jnp.tile(jnp.arange(layout.LANES), tiles)[None]
   first, last = spread(ends[:-1]), spread(ends[1:] - 1)
   word = lambda row: flat.at[row * layout.LANES + lane].get(mode='clip')
-  sublane = jnp.arange(layout.SUBLANES)[:, None]
   # XLA would compute what several uses share for each of them.
   once = jax.lax.optimization_barrier
 
@@ -60,7 +60,10 @@ def _strip(
 
   def step(t, carry):
     made, starts = carry
-    classes = word(first + t // form.together * layout.SUBLANES + sublane)
+    row = t // form.together * layout.SUBLANES
+    classes = jax.vmap(
+        lambda start: jax.lax.dynamic_slice_in_dim(window_rl, start + row, layout.SUBLANES)
+    )(ends[:-1]).swapaxes(0, 1).reshape(layout.SUBLANES, columns)
     words, starts = block.decode_step(
         once(classes), jnp.broadcast_to(t % form.together, classes.shape), starts, form,
         before=lambda a: once(_before(once(a))), pair_of=lambda x: once(block.pair(x, form)),

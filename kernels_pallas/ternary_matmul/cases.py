@@ -37,12 +37,16 @@ CHECKED: tuple[Case, ...] = (
 
 
 class Scheduled(NamedTuple):
-  """A product to compile: a function of arrays of these shapes, and the weights of a grid step."""
+  """A product to compile: a function of arrays of these shapes, and the weights of a grid step.
+
+  `trips`: how often a grid step goes round each of its loops.
+  """
 
   name: str
   function: Any
   structs: tuple[jax.ShapeDtypeStruct, ...]
   step_weights: int
+  trips: tuple[float, ...] = ()
 
 
 def scheduled() -> Iterator[Scheduled]:
