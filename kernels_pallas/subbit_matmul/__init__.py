@@ -12,7 +12,7 @@
     sizes         `layout.Sizes`
 
 `api` is what to call, `ref` the XLA implementation for CPUs, `tpu` the kernel; `gpu` expands
-experts for want of one. `encode` writes codes, `decode` reads them in XLA, `block` has the
-arithmetic that XLA and the kernel share, `deal` says which columns lie together, `cases` are the
-shapes that all are checked on.
+experts for want of one, `cases` are the shapes that all are checked on. In `layout`, `encode`
+writes codes, `decode` reads them in XLA, `block` has the arithmetic that XLA and the kernel share,
+and `deal` says which columns lie together.
 """

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.grouped_matmul import ref as grouped
-from kernels_pallas.subbit_matmul import decode, layout
+from kernels_pallas.subbit_matmul import layout
+from kernels_pallas.subbit_matmul.layout import decode
 from kernels_pallas.ternary_matmul import layout as two_bit
 
 

@@ -16,7 +16,8 @@ from jax.experimental.pallas.ops.tpu.megablox.gmm import make_group_metadata
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.subbit_matmul import block, layout
+from kernels_pallas.subbit_matmul import layout
+from kernels_pallas.subbit_matmul.layout import block
 from kernels_pallas.ternary_matmul import layout as two_bit
 from kernels_pallas.ternary_matmul import tpu as ternary
 
@@ -271,34 +272,14 @@ def _first_register(start: Any, total: int, sizes: layout.Sizes) -> Any:
   return jnp.minimum(start >> 3, total - sizes.registers)
 
 
-@functools.partial(jax.jit, static_argnames=('sizes', 'interpret'))
-def subbit_matmul(
-    x_md: jax.Array, rows_rl: jax.Array, starts_es: jax.Array, records_es1w: jax.Array,
-    levels_enc: jax.Array, homes_etl: jax.Array, group_sizes_e: jax.Array, *,
-    sizes: layout.Sizes, interpret: bool = False,
+def _call(
+    scalars: tuple[jax.Array, ...], visits: jax.Array, x_md: jax.Array, registers: jax.Array,
+    records_es1w: jax.Array, levels_enc: jax.Array, homes_etl: jax.Array, sizes: layout.Sizes,
+    rows: int, interpret: bool,
 ) -> jax.Array:
-  """See `api.subbit_matmul`."""
-  m = x_md.shape[0]
-  e, levels = levels_enc.shape[:2]
-  rows, parts = _tall(m, x_md.dtype)
-  total_m = -(-m // rows) * rows
+  """The kernel on padded arrays: [rows of x, columns]."""
   strips, tiles, columns = sizes.strips, sizes.tiles, sizes.tiles * LANES
-  # Each strip's inputs, and zeros to the end of its last group of steps.
-  depth = layout.depth_of(sizes.d)
-  x_md = jnp.pad(x_md, ((0, total_m - m), (0, strips * depth - sizes.d)))
-  x_md = jnp.pad(
-      x_md.reshape(total_m, strips, depth), ((0, 0), (0, 0), (0, sizes.inputs - depth))
-  ).reshape(total_m, -1)
-  rows_rl = jax.lax.bitcast_convert_type(rows_rl, jnp.int32)
-  short = max(0, sizes.registers * SUBLANES - rows_rl.shape[0])
-  rows_rl = jnp.pad(rows_rl, ((0, short + -(rows_rl.shape[0] + short) % SUBLANES), (0, 0)))
-  registers = rows_rl.reshape(-1, SUBLANES, LANES)
-  total = registers.shape[0]
-  group_sizes = group_sizes_e.astype(jnp.int32)
-  (offsets, groups, row_tiles), visits = make_group_metadata(
-      group_sizes=group_sizes, m=total_m, tm=rows, start_group=jnp.int32(0), num_nonzero_groups=e,
-      visit_empty_groups=False,
-  )
+  levels, total = levels_enc.shape[1], registers.shape[0]
   x_parts, parts = ternary.bfloat16_parts(x_md, rows)
   tall = parts * rows
   together = min(TOGETHER, tiles)
@@ -324,11 +305,11 @@ def subbit_matmul(
   if table is not None:
     in_specs.append(pl.BlockSpec((SUBLANES, LANES), lambda *_: (0, 0)))
     arguments.append(jnp.asarray(table))
-  made = pl.pallas_call(
+  return pl.pallas_call(
       functools.partial(
           _kernel, sizes=sizes, parts=parts, total=total, has_table=table is not None
       ),
-      out_shape=jax.ShapeDtypeStruct((total_m, columns), x_md.dtype),
+      out_shape=jax.ShapeDtypeStruct((x_md.shape[0], columns), x_md.dtype),
       grid_spec=pltpu.PrefetchScalarGridSpec(
           num_scalar_prefetch=4,
           grid=(visits, strips, -(-tiles // together)),
@@ -350,6 +331,39 @@ def subbit_matmul(
       ),
       interpret=interpret,
       name='subbit_matmul',
-  )(offsets, groups, row_tiles, starts_es.reshape(-1), *arguments)
+  )(*scalars, *arguments)
+
+
+@functools.partial(jax.jit, static_argnames=('sizes', 'interpret'))
+def subbit_matmul(
+    x_md: jax.Array, rows_rl: jax.Array, starts_es: jax.Array, records_es1w: jax.Array,
+    levels_enc: jax.Array, homes_etl: jax.Array, group_sizes_e: jax.Array, *,
+    sizes: layout.Sizes, interpret: bool = False,
+) -> jax.Array:
+  """See `api.subbit_matmul`."""
+  m = x_md.shape[0]
+  e = levels_enc.shape[0]
+  rows, _ = _tall(m, x_md.dtype)
+  total_m = -(-m // rows) * rows
+  strips = sizes.strips
+  # Each strip's inputs, and zeros to the end of its last group of steps.
+  depth = layout.depth_of(sizes.d)
+  x_md = jnp.pad(x_md, ((0, total_m - m), (0, strips * depth - sizes.d)))
+  x_md = jnp.pad(
+      x_md.reshape(total_m, strips, depth), ((0, 0), (0, 0), (0, sizes.inputs - depth))
+  ).reshape(total_m, -1)
+  rows_rl = jax.lax.bitcast_convert_type(rows_rl, jnp.int32)
+  short = max(0, sizes.registers * SUBLANES - rows_rl.shape[0])
+  rows_rl = jnp.pad(rows_rl, ((0, short + -(rows_rl.shape[0] + short) % SUBLANES), (0, 0)))
+  registers = rows_rl.reshape(-1, SUBLANES, LANES)
+  group_sizes = group_sizes_e.astype(jnp.int32)
+  (offsets, groups, row_tiles), visits = make_group_metadata(
+      group_sizes=group_sizes, m=total_m, tm=rows, start_group=jnp.int32(0), num_nonzero_groups=e,
+      visit_empty_groups=False,
+  )
+  made = _call(
+      (offsets, groups, row_tiles, starts_es.reshape(-1)), visits, x_md, registers, records_es1w,
+      levels_enc, homes_etl, sizes, rows, interpret,
+  )
   inside = (jnp.arange(m) < group_sizes.sum())[:, None]
   return jnp.where(inside, made[:m, : sizes.f], jnp.zeros((), made.dtype))

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from kernels_pallas.subbit_matmul import decode, encode, layout
+from kernels_pallas.subbit_matmul import layout
+from kernels_pallas.subbit_matmul.layout import decode, encode
 from kernels_pallas.ternary_matmul import layout as two_bit_layout
 from moejax.weights import base
 from moejax.weights.packed_ternary import PackedTernary
@@ -23,8 +24,8 @@ class BlockTernary(base.WeightNode):
   """Weights in {low, 0, high} of their output unit; see `kernels_pallas.subbit_matmul.layout`.
 
   Attributes:
-    words: uint32 [s, r, 128] codes; shard i of s holds the i-th share of the experts. Stored with
-      s = 1; `sharded` makes more, which a mesh splits over the experts' devices.
+    words: uint32 [s, r, 128] codes, r a multiple of 8; shard i of s holds the i-th share of the
+      experts. Stored with s = 1; `sharded` makes more, which a mesh splits over the experts' devices.
     starts: int32 [e, strips] first row of each strip of each expert, all shards counted through.
     records: int32 [e, strips, 1, w], where tiles are, their windows and patches.
     levels: bf16, f16 or float32 [e, 2, c], low and high of each column kept, or [e, 1, c], high,
@@ -71,8 +72,9 @@ class BlockTernary(base.WeightNode):
     kept = np.zeros((e, n, stack.sizes.tiles * layout.LANES), levels.dtype)
     for i, homes in enumerate(stack.homes_etl):
       kept[i][:, layout.place_of(homes)[:f]] = levels[i]
+    whole = np.pad(stack.rows_rl, ((0, -len(stack.rows_rl) % layout.SUBLANES), (0, 0)))
     return cls(
-        words=stack.rows_rl[None], starts=stack.starts_es, records=stack.records_es1w, levels=kept,
+        words=whole[None], starts=stack.starts_es, records=stack.records_es1w, levels=kept,
         homes=stack.homes_etl, rows=f, cols=node.cols, block=block, deep=stack.sizes.deep,
         reach=stack.sizes.reach, patches=stack.sizes.patches, single=node.single,
     )
@@ -141,7 +143,8 @@ class BlockTernary(base.WeightNode):
       offsets = np.cumsum(rows) - rows
       shares.append(np.concatenate([flat[b : b + n] for b, n in zip(begin, rows)]))
       moved[own] = (starts[kept] - begin[:, None] + offsets[:, None])[inverse]
-    longest = max(len(share) for share in shares)
+    # A multiple of what a register holds: a kernel need not copy them to make one.
+    longest = -(-max(len(share) for share in shares) // layout.SUBLANES) * layout.SUBLANES
     moved += np.repeat(np.arange(shards), index.size // shards)[:, None] * longest
     base.require(
         moved.max() < 2**31, f'{moved.max()} rows in {shards} shards: 32-bit starts hold 2^31'

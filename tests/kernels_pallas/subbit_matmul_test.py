@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.subbit_matmul import api, cases, deal, decode, encode, gpu, layout, ref, tpu
+from kernels_pallas.subbit_matmul import api, cases, gpu, layout, ref, tpu
+from kernels_pallas.subbit_matmul.layout import deal, decode, encode
 from kernels_pallas.ternary_matmul import layout as two_bit
 
 PRODUCTS = {

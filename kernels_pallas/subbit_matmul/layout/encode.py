@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kernels_pallas.subbit_matmul import layout
-from kernels_pallas.subbit_matmul.deal import deal
+from kernels_pallas.subbit_matmul.layout.deal import deal
 
 
 class Coded(NamedTuple):

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.subbit_matmul import block, layout
+from kernels_pallas.subbit_matmul import layout
+from kernels_pallas.subbit_matmul.layout import block
 
 
 def _before(a: jax.Array) -> tuple[jax.Array, jax.Array]:
