@@ -16,6 +16,9 @@ def subbit_matmul(
   """See `api.subbit_matmul`."""
   pick = lambda a, e: jax.lax.dynamic_index_in_dim(a, e, 0, keepdims=False)
 
+  whole = layout.strips_of(sizes.d) * layout.depth_of(sizes.d)
+  x_md = layout.in_words(jnp.pad(x_md, ((0, 0), (0, whole - sizes.d))), 1)
+
   def product(e, x_block):
     words = decode.kept_words(rows_rl, starts_es, records_es1w, e, sizes)
     y_mc = two_bit.product(x_block, words, pick(levels_enc, e))

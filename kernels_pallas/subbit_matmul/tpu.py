@@ -120,7 +120,7 @@ def _decode(
 
   def fields_at(at):
     register = (tile.first + (firsts & 0xFFFF)) >> 3
-    ahead = tile.first + SUBLANES * sizes.groups - register * SUBLANES
+    ahead = tile.first + SUBLANES * sizes.tail.group - register * SUBLANES
     return _bits(lambda word: _row(rows_ref, register, windows[0], word + ahead), at)
 
   def entries_at(at):
@@ -137,6 +137,16 @@ def _decode(
       kinds, j, starts, form, before=_before, fields_at=fields_at, entries_at=entries_at,
       pair_of=pair_of,
   )
+
+
+def _tail_classes(tile: _Tile, sizes: layout.Sizes, rows_ref: Any) -> jax.Array:
+  """Words of classes of a tile's tail."""
+  tail, at = sizes.tail, tile.first + SUBLANES * sizes.tail.group
+  ahead = at & 7
+  bits = _bits(
+      lambda word: _row(rows_ref, at >> 3, 2, word + ahead), tail.at(_sublane(), jnp)
+  )
+  return block.tail_classes(bits, _sublane(), sizes.form, tail)
 
 
 def _patch(patched_ref: Any, tile: _Tile, record_ref: Any, sizes: layout.Sizes) -> None:
@@ -223,12 +233,17 @@ def _kernel(
     sum_ref[...] = jnp.zeros_like(sum_ref)
   registers = sizes.form.together * sizes.form.words
 
+  tail = sizes.tail
+  tails = [_tail_classes(tile, sizes, rows_ref) for tile in own_tiles] if tail.steps else []
+
   def group(q, starts):
     starts = list(starts)
     kinds = []
     for tile in own_tiles:
       at = tile.first + SUBLANES * q
       kinds.append(_row(rows_ref, at >> 3, 2, _sublane() + (at & 7)))
+    if tail.steps:
+      kinds = [jnp.where(q == tail.group, t, k) for t, k in zip(tails, kinds)]
     whole, done = [], 0
     for j in range(sizes.form.together):
       made = []
@@ -248,7 +263,7 @@ def _kernel(
     return tuple(starts)
 
   zeros = jnp.zeros((SUBLANES, LANES), jnp.int32)
-  jax.lax.fori_loop(0, sizes.groups, group, ((zeros, zeros),) * together)
+  jax.lax.fori_loop(0, sizes.groups, group, ((zeros + tail.end, zeros),) * together)
   columns = pl.ds(pl.multiple_of(first_tile * LANES, LANES), together * LANES)
   y = ternary.with_levels(
       [sum_ref[...] for sum_ref in sum_refs], levels_ref[:, columns].astype(jnp.float32), parts
@@ -349,6 +364,7 @@ def subbit_matmul(
   # Each strip's inputs, and zeros to the end of its last group of steps.
   depth = layout.depth_of(sizes.d)
   x_md = jnp.pad(x_md, ((0, total_m - m), (0, strips * depth - sizes.d)))
+  x_md = layout.in_words(x_md, 1)
   x_md = jnp.pad(
       x_md.reshape(total_m, strips, depth), ((0, 0), (0, 0), (0, sizes.inputs - depth))
   ).reshape(total_m, -1)

@@ -25,7 +25,7 @@ class BlockTernary(base.WeightNode):
 
   Attributes:
     words: uint32 [s, r, 128] codes, r a multiple of 8; shard i of s holds the i-th share of the
-      experts. Stored with s = 1; `sharded` makes more, which a mesh splits over the experts' devices.
+      experts. Stored with s = 1; `sharded` makes more, split over a mesh's devices of experts.
     starts: int32 [e, strips] first row of each strip of each expert, all shards counted through.
     records: int32 [e, strips, 1, w], where tiles are, their windows and patches.
     levels: bf16, f16 or float32 [e, 2, c], low and high of each column kept, or [e, 1, c], high,
@@ -63,10 +63,10 @@ class BlockTernary(base.WeightNode):
   @classmethod
   def from_two_bit(cls, node: PackedTernary, *, block: int | None = None) -> Self:
     """The same weights (host arrays). block: 4, 8 or 16; None for what takes the fewest bits."""
-    words = np.asarray(node.words)
-    block = encode.size_for(words[0]) if block is None else block
+    signs = two_bit_layout.unpack(np.asarray(node.words), node.cols)
+    block = encode.size_for(signs[0]) if block is None else block
     base.require(block in layout.SIZES, f'block = {block}, must be one of {layout.SIZES}')
-    stack = encode.encode_stack(words, node.cols, block)
+    stack = encode.encode_stack(signs, block)
     levels = np.asarray(node.levels)
     e, n, f = levels.shape
     kept = np.zeros((e, n, stack.sizes.tiles * layout.LANES), levels.dtype)
@@ -107,12 +107,13 @@ class BlockTernary(base.WeightNode):
 
   def two_bit(self) -> PackedTernary:
     """The same weights at two bits (host arrays)."""
-    made = jax.jit(lambda node, i: node._words(i))
-    words = [np.asarray(made(self, i)) for i in range(self.starts.shape[0])]
+    signs = jax.jit(lambda node, i: node._signs(i))
+    words = [
+        two_bit_layout.pack(np.asarray(signs(self, i))[None]) for i in range(self.starts.shape[0])
+    ]
+    levels = [a[:, place] for a, place in zip(np.asarray(self.levels), self._places())]
     return PackedTernary(
-        words=np.stack(words), levels=np.stack([
-            levels[:, place] for levels, place in zip(np.asarray(self.levels), self._places())
-        ]), cols=self.cols, single=self.single,
+        words=np.concatenate(words), levels=np.stack(levels), cols=self.cols, single=self.single
     )
 
   def _places(self) -> list[np.ndarray]:
@@ -229,19 +230,22 @@ class BlockTernary(base.WeightNode):
       fits = fits and np.array_equal(np.sort(layout.place_of(homes)), columns)
       base.require(fits, f'BlockTernary.homes of expert {i} are not a permutation: {damaged}')
 
-  def _words(self, i: jax.Array | int) -> jax.Array:
-    """Two-bit words of one expert, uint32 [w, f], as `PackedTernary` has them."""
+  def _signs(self, i: jax.Array | int) -> jax.Array:
+    """{-1, 0, 1} of one expert, int8 [d, f]."""
     rows, starts, records, _, homes = self.arrays()
     kept = decode.kept_words(rows, starts, records, i, self.sizes)
+    signs = layout.in_order(two_bit_layout.halves(kept) / two_bit_layout.UNIT, 0)
     homes = jax.lax.dynamic_index_in_dim(homes, i, 0, keepdims=False)
-    return kept[: two_bit_layout.words_of(self.cols), layout.place_of(homes, jnp)[: self.rows]]
+    return signs[: self.cols, layout.place_of(homes, jnp)[: self.rows]].astype(jnp.int8)
 
   def expert(self, i: jax.Array | int, dtype: Any) -> jax.Array:
-    *_, levels, homes = (
+    levels, homes = (
         jax.lax.dynamic_index_in_dim(a, i, 0, keepdims=False) for a in self.arrays()[3:]
     )
-    levels = levels[:, layout.place_of(homes, jnp)[: self.rows]]
-    return two_bit_layout.dense(self._words(i), levels, self.cols, dtype)
+    levels = levels[:, layout.place_of(homes, jnp)[: self.rows]].astype(dtype)
+    low, high = two_bit_layout.low_high(levels)
+    signs, zero = self._signs(i), jnp.zeros((), dtype)
+    return jnp.where(signs > 0, high, jnp.where(signs < 0, low, zero))
 
   def expert_rows(self, i: jax.Array | int, dtype: Any) -> jax.Array:
     return self.expert(i, dtype).T

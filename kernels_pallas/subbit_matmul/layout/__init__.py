@@ -1,7 +1,9 @@
 """Ternary weights below one bit in codes of blocks, which arithmetic alone decodes.
 
-Weights lie in the words of `ternary_matmul.layout` (16 weights at two bits). A word holds blocks of
-`size` = 4, 8 or 16 weights, 2 size bits each; p = log2(size). Of a block is written
+Weights lie in the words of `ternary_matmul.layout`, 16 at two bits, after the inputs of each 256
+were put in another order (`in_words`): word s + 8 w of theirs, w = 0 or 1, then holds the inputs
+from 32 s + 16 w on. A word holds blocks of `size` = 4, 8 or 16 weights, 2 size bits each;
+p = log2(size). Of a block is written
 
     class   2 bits                  0 all zero, 1 one high, 3 one low, 2 more
     field   p bits                  of classes 1 and 3: where the weight is
@@ -15,10 +17,12 @@ eight words below each other of each of 128 columns, two times where blocks are 
 of it and the s-th after those make up lane-step s. A tile is 128 columns of a strip, of up to
 `STRIP` inputs; its rows of 128 words are
 
-    classes   8 rows for 16 / blocks steps; row s: in byte j, steps apart by 2 bits, block j's class
-    streams   of each column, bit after bit from the lowest of a word: the fields of step 0
-              (lane-step 0, block 0, 1, ..; lane-step 1, ..), of step 1, .., in words from the first
-              on; likewise the entries, in words from the last one back
+    classes   8 rows for each whole group of 16 / blocks steps; row s: in byte j, steps apart by 2
+              bits, block j's class
+    streams   of each column, bit after bit from the lowest of a word, in words from the first on:
+              the classes of what is left of steps, as above, lane-step after lane-step, of as many
+              steps as have inputs there; the fields of step 0 (lane-step 0, block 0, 1, ..;
+              lane-step 1, ..), of step 1, ..; likewise the entries, from the last word back
 
 A lane-step has room for `ENTRIES` entries, so that 32 bits hold them. Blocks past that are written
 as zeros and restored from the tile's list of patches: half words and where they belong. Columns are
@@ -101,9 +105,61 @@ def steps_of(d: int, size: int) -> int:
   return depth_of(d) // Form(size).inputs
 
 
+class Tail(NamedTuple):
+  """The steps of a strip after its last whole group.
+
+  Attributes:
+    group: the whole groups before it.
+    steps: its steps, 0 to `together` - 1.
+    lanes: of the last one, lane-steps that have inputs.
+    bits: of the classes of one step.
+  """
+
+  group: int
+  steps: int
+  lanes: int
+  bits: int
+
+  def at(self, lane_step: Any, xp: Any = np) -> Any:
+    """The bit of the stream at which a lane-step's classes start."""
+    return self.bits * (lane_step * (self.steps - 1) + xp.minimum(lane_step, self.lanes))
+
+  @property
+  def end(self) -> int:
+    return int(self.at(SUBLANES)) if self.steps else 0
+
+
+def tail_of(d: int, size: int) -> Tail:
+  """The tail of every strip: the last one is taken to have as many inputs as the others."""
+  form = Form(size)
+  group, steps = divmod(steps_of(d, size), form.together)
+  inputs = depth_of(d) if strips_of(d) > 1 else d
+  # Inputs of the last chunk, 32 a lane-step; where a step is one of its two words, after the first.
+  left = inputs - (depth_of(d) - two_bit.CHUNK) - 16 * (2 - form.words)
+  return Tail(group, steps, max(0, -(-left // 32)), 2 * form.blocks)
+
+
 def class_rows(d: int, size: int) -> int:
   """Rows of classes of a tile."""
-  return SUBLANES * -(-steps_of(d, size) // Form(size).together)
+  return SUBLANES * tail_of(d, size).group
+
+
+def in_words(a: Any, axis: int) -> Any:
+  """Inputs, a multiple of 256 of them, in the order in which the words hold them."""
+  return _reordered(a, axis, (SUBLANES, 2, 8, 2), (2, 1, 0, 3))
+
+
+def in_order(a: Any, axis: int) -> Any:
+  """Undoes `in_words`."""
+  return _reordered(a, axis, (8, 2, SUBLANES, 2), (2, 1, 0, 3))
+
+
+def _reordered(a: Any, axis: int, shape: tuple[int, ...], order: tuple[int, ...]) -> Any:
+  before, after = a.shape[:axis], a.shape[axis + 1 :]
+  split = a.reshape(*before, -1, *shape, *after)
+  first = axis + 1
+  moved = [*range(first), *(first + i for i in order), *range(first + 4, split.ndim)]
+  return split.transpose(moved).reshape(a.shape)
 
 
 def homes(tile_c: np.ndarray, lane_c: np.ndarray) -> np.ndarray:
@@ -128,7 +184,8 @@ def place_of(homes_tl: Any, xp: Any = np) -> Any:
 
 def record_words(d: int, size: int, patches: int) -> int:
   """Words of a tile in an expert's record."""
-  return 2 + class_rows(d, size) // SUBLANES * Form(size).together + patches
+  together = Form(size).together
+  return 2 + -(-steps_of(d, size) // together) * together + patches
 
 
 def mask(bits: int) -> int:
@@ -167,8 +224,12 @@ class Sizes(NamedTuple):
 
   @property
   def groups(self) -> int:
-    """Groups of steps that share words of classes."""
-    return class_rows(self.d, self.size) // SUBLANES
+    """Groups of steps that share words of classes, the last one perhaps not whole."""
+    return -(-steps_of(self.d, self.size) // self.form.together)
+
+  @property
+  def tail(self) -> Tail:
+    return tail_of(self.d, self.size)
 
   @property
   def windows(self) -> tuple[int, int]:

@@ -41,6 +41,18 @@ def classes(words: jax.Array, step: int | jax.Array, form: layout.Form) -> jax.A
   return shr(words, form.class_shift(step)) & every
 
 
+def tail_classes(window: jax.Array, lane_step: jax.Array, form: layout.Form, tail: layout.Tail):
+  """Words of classes of a tail, from the 32 bits where each lane-step's begin in the stream."""
+  words = jnp.zeros_like(window)
+  for t in range(tail.steps):
+    for j in range(form.blocks):
+      kind = shr(window, tail.bits * t + 2 * j) & 3
+      if t == tail.steps - 1:
+        kind = jnp.where(lane_step < tail.lanes, kind, 0)
+      words |= shl(kind, form.class_shift(t) + 8 * j)
+  return words
+
+
 def field_ends(kinds: jax.Array, form: layout.Form) -> jax.Array:
   """In byte j, the bits of the fields of blocks 0 to j."""
   ones = sum(1 << 8 * j for j in range(form.blocks))

@@ -36,7 +36,8 @@ def _strip(
 ) -> jax.Array:
   """The words of one strip, [depth / 16, 128 tiles]."""
   form, tiles = sizes.form, sizes.tiles
-  columns, head = tiles * layout.LANES, layout.SUBLANES * sizes.groups
+  columns, tail = tiles * layout.LANES, sizes.tail
+  head = layout.SUBLANES * tail.group
   of_tile = record_w[:-1].reshape(tiles, -1)
   ends = jnp.append(of_tile[:, 0], record_w[-1])
   # Within a window of the rows, so that places are small. Where it would reach past their end it
@@ -59,16 +60,28 @@ def _strip(
     low, high = word(stream_word(block.shr(at, 5))), word(stream_word(block.shr(at, 5) + 1))
     return once(block.shr(low, shift) | block.shl(block.shl(high, 1), 31 - shift))
 
-  def step(t, carry):
-    made, starts = carry
-    row = t // form.together * layout.SUBLANES
-    classes = jax.vmap(
+  fields_at = lambda at: bits_at(lambda w: first + head + w, at)
+  sublane = jnp.broadcast_to(jnp.arange(layout.SUBLANES)[:, None], (layout.SUBLANES, columns))
+  if tail.steps:
+    tail_bits = fields_at(tail.at(sublane, jnp))
+    tail_classes = once(block.tail_classes(tail_bits, sublane, form, tail))
+
+  def classes_of(group):
+    if not tail.group:
+      return tail_classes
+    row = group * layout.SUBLANES
+    whole = jax.vmap(
         lambda start: jax.lax.dynamic_slice_in_dim(window_rl, start + row, layout.SUBLANES)
     )(ends[:-1]).swapaxes(0, 1).reshape(layout.SUBLANES, columns)
+    return jnp.where(group == tail.group, tail_classes, whole) if tail.steps else whole
+
+  def step(t, carry):
+    made, starts = carry
+    classes = classes_of(t // form.together)
     words, starts = block.decode_step(
         once(classes), jnp.broadcast_to(t % form.together, classes.shape), starts, form,
         before=lambda a: once(_before(once(a))), pair_of=lambda x: once(block.pair(x, form)),
-        fields_at=lambda at: bits_at(lambda w: first + head + w, at),
+        fields_at=fields_at,
         entries_at=lambda at: bits_at(lambda w: last - w, at),
     )
     for i, word_rows in enumerate(once(words)):
@@ -79,7 +92,7 @@ def _strip(
   zeros = jnp.zeros((layout.SUBLANES, columns), jnp.int32)
   made = jnp.zeros((layout.depth_of(sizes.d) // 16, columns), jnp.int32)
   steps = layout.steps_of(sizes.d, sizes.size)
-  made, _ = jax.lax.fori_loop(0, steps, step, (made, (zeros, zeros)))
+  made, _ = jax.lax.fori_loop(0, steps, step, (made, (zeros + tail.end, zeros)))
   words = jax.lax.bitcast_convert_type(made, jnp.uint32)
   if not sizes.patches:
     return words

@@ -7,6 +7,7 @@ import numpy as np
 
 from kernels_pallas.subbit_matmul import layout
 from kernels_pallas.subbit_matmul.layout.deal import deal
+from kernels_pallas.ternary_matmul import layout as two_bit
 
 
 class Coded(NamedTuple):
@@ -114,17 +115,18 @@ class _Stream(NamedTuple):
     return starts.min(1) // 32, np.maximum(last, starts.min(1)) // 32
 
 
-def _stream(values: np.ndarray, bits: np.ndarray) -> _Stream:
-  """From [steps, 8, blocks, columns]."""
+def _stream(values: np.ndarray, bits: np.ndarray, begin: int = 0) -> _Stream:
+  """From [steps, 8, blocks, columns], after `begin` bits of something else."""
   columns = bits.shape[-1]
   values, bits = values.reshape(-1, columns), bits.reshape(-1, columns).astype(np.int64)
-  ends = np.cumsum(bits, axis=0)
+  ends = begin + np.cumsum(bits, axis=0)
   return _Stream(values, ends - bits, bits, ends[-1])
 
 
-def _class_words(classes: np.ndarray, head: int, form: layout.Form) -> np.ndarray:
-  """[head, columns] from [steps, 8, blocks, columns]."""
-  words = np.zeros((head, classes.shape[-1]), np.uint32)
+def _class_words(classes: np.ndarray, form: layout.Form) -> np.ndarray:
+  """[8 groups, columns] from [steps, 8, blocks, columns]."""
+  groups = -(-len(classes) // form.together)
+  words = np.zeros((layout.SUBLANES * groups, classes.shape[-1]), np.uint32)
   for t, step in enumerate(classes):
     first = t // form.together * layout.SUBLANES
     for j in range(form.blocks):
@@ -133,8 +135,33 @@ def _class_words(classes: np.ndarray, head: int, form: layout.Form) -> np.ndarra
   return words
 
 
+def _tail_words(words: np.ndarray, form: layout.Form, tail: layout.Tail) -> np.ndarray:
+  """A tail's classes [8, columns] as its stream has them: a step's together, step after step."""
+  out = np.zeros_like(words)
+  for t in range(tail.steps):
+    for j in range(form.blocks):
+      kind = words >> np.uint32(form.class_shift(t) + 8 * j) & np.uint32(3)
+      out |= kind << np.uint32(tail.bits * t + 2 * j)
+  return out
+
+
+def _tail_stream(
+    words: np.ndarray, form: layout.Form, tail: layout.Tail, depth: int
+) -> np.ndarray:
+  """The tail's classes at the beginning of an otherwise empty stream, [depth, columns]."""
+  lanes = np.arange(layout.SUBLANES)
+  at = np.broadcast_to(tail.at(lanes)[:, None], words.shape)
+  bits = np.broadcast_to(np.diff(tail.at(np.arange(layout.SUBLANES + 1)))[:, None], words.shape)
+  lengths = np.full(words.shape[1], tail.end)
+  made = _Stream(_tail_words(words, form, tail), at, bits, lengths).words()
+  return np.pad(made, ((0, max(0, depth - len(made))), (0, 0)))[:depth]
+
+
 def encode(words_wf: np.ndarray, d: int, size: int) -> Coded:
-  """Codes one expert's two-bit words, uint32 [words_of(d), f], in blocks of `size` weights."""
+  """Codes one expert's two-bit words, uint32 [words_of(d), f], in blocks of `size` weights.
+
+  The inputs of the words are in the order of `layout.in_words`.
+  """
   form = layout.Form(size)
   f = words_wf.shape[1]
   tiles = layout.tiles_of(f)
@@ -142,14 +169,14 @@ def encode(words_wf: np.ndarray, d: int, size: int) -> Coded:
   blocks = layout.blocks_of(
       np.pad(layout.strips(words_wf, d), ((0, 0), (0, 0), (0, columns - f))), size
   )  # [strips, steps, 8, blocks, columns]
-  steps, head = blocks.shape[1], layout.class_rows(d, size)
+  steps, head, tail = blocks.shape[1], layout.class_rows(d, size), layout.tail_of(d, size)
   parts = _parts(blocks, size)
   # Entries that a lane-step has no room for.
   over = parts.has_entry & (np.cumsum(parts.has_entry, axis=3) > form.entries)
   classes = np.where(over, np.uint32(layout.ZERO), parts.classes)
   field_bits = np.where(over, 0, parts.field_bits)
   entry_bits = np.where(parts.has_entry & ~over, form.entry, 0)
-  fields = [_stream(*a) for a in zip(parts.fields, field_bits)]
+  fields = [_stream(*a, tail.end) for a in zip(parts.fields, field_bits)]
   entries = [_stream(*a) for a in zip(parts.entries, entry_bits)]
 
   used = [-(-a.lengths // 32) - (-b.lengths // 32) for a, b in zip(fields, entries)]
@@ -161,14 +188,16 @@ def encode(words_wf: np.ndarray, d: int, size: int) -> Coded:
   rows, ends, first, patches, reach = [], [], [], [], np.ones((2, 1), np.int64)
   for i, both in enumerate(zip(fields, entries)):
     words = [stream.words() for stream in both]
-    heads = _class_words(classes[i], head, form)
+    heads = _class_words(classes[i], form)
+    if tail.steps:
+      words[0] = words[0] + _tail_stream(heads[head:], form, tail, len(words[0]))
     for own in columns_of:
       deep = max(1, int(used[i][own].max()))
       body = np.zeros((deep, layout.LANES), np.uint32)
       for part, order in zip(words, (slice(None), slice(None, None, -1))):
         kept = part[:deep, own]
         body[order][: len(kept)] |= kept
-      rows += [heads[:, own], body]
+      rows += [heads[:head, own], body]
       ends.append(head + deep)
       (low_f, high_f), (low_e, high_e) = (stream.reach(steps, own) for stream in both)
       reach = np.maximum(reach, [[(high_f - low_f).max() + 1], [(high_e - low_e).max() + 1]])
@@ -196,11 +225,19 @@ def _patches(blocks: np.ndarray, over: np.ndarray, form: layout.Form) -> np.ndar
   return np.concatenate(made).astype(np.uint32)
 
 
-def size_for(words_wf: np.ndarray) -> int:
-  """The block size that takes the fewest bits for two-bit words, but for what tiles add."""
+def words_of(signs_df: np.ndarray) -> np.ndarray:
+  """Two-bit words of one expert, its inputs in the order of the code: uint32 [w, f]."""
+  padded = np.pad(signs_df, ((0, -len(signs_df) % two_bit.CHUNK), (0, 0)))
+  return two_bit.pack(layout.in_words(padded, 0)[None])[0]
+
+
+def size_for(signs_df: np.ndarray) -> int:
+  """The block size that takes the fewest bits for one expert, but for what tiles add."""
+  words_wf = words_of(signs_df)
+
   def bits(size: int) -> int:
     form = layout.Form(size)
-    blocks = layout.blocks_of(np.pad(words_wf, ((0, -len(words_wf) % 16), (0, 0)))[None], size)
+    blocks = layout.blocks_of(words_wf[None], size)
     parts = _parts(blocks, size)
     kept = np.minimum(parts.has_entry.sum(3), form.entries)
     over = parts.has_entry.sum() - kept.sum()
@@ -220,10 +257,10 @@ class Stack(NamedTuple):
   sizes: layout.Sizes
 
 
-def encode_stack(words_ewf: np.ndarray, d: int, size: int) -> Stack:
-  """Codes experts' two-bit words, uint32 [e, words_of(d), f]; an expert at a time."""
-  f = words_ewf.shape[2]
-  experts = [encode(words, d, size) for words in words_ewf]
+def encode_stack(signs_edf: np.ndarray, size: int) -> Stack:
+  """Codes experts' signs {-1, 0, 1}, int8 [e, d, f]; an expert at a time."""
+  d, f = signs_edf.shape[1:]
+  experts = [encode(words_of(signs), d, size) for signs in signs_edf]
   strips, tiles = layout.strips_of(d), layout.tiles_of(f)
   most = max(len(p) for coded in experts for p in coded.patches)
   patches = -(-most // layout.PATCHES_AT_ONCE) * layout.PATCHES_AT_ONCE
