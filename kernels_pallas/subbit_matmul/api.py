@@ -34,7 +34,7 @@ def subbit_matmul(
   fits = (
       d == sizes.d and rows_rl.shape[1:] == (layout.LANES,) and n in (1, 2)
       and columns == tiles * layout.LANES and starts_es.shape == (e, sizes.strips)
-      and records_es1w.shape == (e, sizes.strips, 1, tiles * sizes.record + 1)
+      and records_es1w.shape == (e, sizes.strips, 1, sizes.record)
       and homes_etl.shape == (e, tiles, layout.LANES) and group_sizes_e.shape == (e,)
   )
   if not fits:

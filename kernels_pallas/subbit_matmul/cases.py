@@ -57,15 +57,15 @@ CHECKED: tuple[Case, ...] = (
 )
 
 # Blocks of 8 of 4096 x 4096 weights of which 88.5 % are zeros, independent of each other: rows a
-# tile, rows that a step's fields and entries reach over, patches of the tile with most, and of all.
-_ROWS, _REACH, _MOST_PATCHES, _PATCHES = 90, (12, 10), 20, 10
+# tile, rows that a step's fields and entries reach over, patches a tile.
+_ROWS, _REACH, _PATCHES = 90, (12, 10), 10
 
 
 def scheduled() -> Iterator[Scheduled]:
   """Whole tiles of eight experts, with two levels an output and with one."""
   e, d, f = 8, 4096, 2048
   tiles = layout.tiles_of(f)
-  sizes = layout.Sizes(d, f, 8, tiles * _ROWS, _REACH, _MOST_PATCHES)
+  sizes = layout.Sizes(d, f, 8, tiles * _ROWS, _REACH, tiles * _PATCHES)
   # Four tiles' patches, the groups of steps, and once an expert the moves of its outputs.
   rounds = -(-_PATCHES // layout.PATCHES_AT_ONCE)
   trips = (*[rounds] * tpu.TOGETHER, sizes.groups, tpu.TOGETHER)
@@ -78,7 +78,7 @@ def scheduled() -> Iterator[Scheduled]:
           jax.ShapeDtypeStruct((m, d), dtype),
           jax.ShapeDtypeStruct((e * sizes.deep, layout.LANES), jnp.uint32),
           jax.ShapeDtypeStruct((e, 1), jnp.int32),
-          jax.ShapeDtypeStruct((e, 1, 1, tiles * sizes.record + 1), jnp.int32),
+          jax.ShapeDtypeStruct((e, 1, 1, sizes.record), jnp.int32),
           jax.ShapeDtypeStruct((e, levels, f), jnp.bfloat16),
           jax.ShapeDtypeStruct((e, tiles, layout.LANES), jnp.uint16),
           jax.ShapeDtypeStruct((e,), jnp.int32),

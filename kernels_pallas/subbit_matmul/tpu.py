@@ -34,9 +34,11 @@ def supports(m: int, e: int, sizes: layout.Sizes, dtype: Any) -> str:
   refused = ternary.supports(m, sizes.d, sizes.f, e, dtype)
   if refused:
     return refused
-  words = sizes.record * sizes.tiles + 1
-  if words > _MOST_RECORD:
-    return f'{sizes.patches} patches a tile: a record of {words} words, at most {_MOST_RECORD}'
+  if sizes.record > _MOST_RECORD:
+    return (
+        f'{sizes.patches} patches, {sizes.tiles} tiles: a record of {sizes.record} words, at most '
+        f'{_MOST_RECORD}'
+    )
   needed = _vmem(m, sizes, dtype)
   if needed > _MOST_VMEM:
     return f'it needs {needed >> 20} MiB of vector memory, at most {_MOST_VMEM >> 20}'
@@ -90,6 +92,12 @@ def _bits(words: Any, at: jax.Array) -> jax.Array:
   return block.shr(words(word), shift) | block.shl(block.shl(words(word + 1), 1), 31 - shift)
 
 
+def _bits_back(words: Any, at: jax.Array) -> jax.Array:
+  """The same, each word's highest bit first."""
+  shift, word = at & 31, block.shr(at, 5)
+  return block.shl(words(word), shift) | block.shr(block.shr(words(word + 1), 1), 31 - shift)
+
+
 def _pairs(form: layout.Form) -> np.ndarray | None:
   """int32 [8, 128]: `block.pair` by its field, entries marked by the sign; None where too many."""
   count = 1 << 2 * form.place + 1
@@ -126,7 +134,7 @@ def _decode(
   def entries_at(at):
     register = (tile.first + block.shr(firsts, 16)) >> 3
     ahead = tile.last - register * SUBLANES
-    return _bits(lambda word: _row(rows_ref, register, windows[1], ahead - word), at)
+    return _bits_back(lambda word: _row(rows_ref, register, windows[1], ahead - word), at)
 
   def pair_of(field):
     if table is None:
@@ -151,20 +159,20 @@ def _tail_classes(tile: _Tile, sizes: layout.Sizes, rows_ref: Any) -> jax.Array:
 
 def _patch(patched_ref: Any, tile: _Tile, record_ref: Any, sizes: layout.Sizes) -> None:
   """Writes a tile's patches over zeros, some at a time, of which the last may be of no bits."""
-  at = tile.record + 1 + sizes.groups * sizes.form.together
   flat = _sublane() * LANES + jax.lax.broadcasted_iota(jnp.int32, (SUBLANES, LANES), 1)
-  some = layout.PATCHES_AT_ONCE
+  some, listed = layout.PATCHES_AT_ONCE, sizes.tiles * sizes.header + 1
+  begin, end = (record_ref[0, tile.record + sizes.header - i] for i in (2, 1))
 
   def write(i, carry):
     for k in range(some):
-      packed = record_ref[0, at + 1 + i * some + k]
-      register, place = packed >> 26 & 31, packed >> 16 & (SUBLANES * LANES - 1)
-      here = jnp.where(flat == place, packed, 0)
-      bits = block.shl(here & 0xFFFF, block.shr(here, 27) & 16)
-      patched_ref[register, :, tile.lanes] = patched_ref[register, :, tile.lanes] | bits
+      at = listed + 2 * (begin + i * some + k)
+      place, bits = record_ref[0, at], record_ref[0, at + 1]
+      register = place >> 10
+      here = jnp.where(flat == place & (SUBLANES * LANES - 1), bits, 0)
+      patched_ref[register, :, tile.lanes] = patched_ref[register, :, tile.lanes] | here
     return carry
 
-  jax.lax.fori_loop(0, jax.lax.div(record_ref[0, at] + some - 1, some), write, 0)
+  jax.lax.fori_loop(0, jax.lax.div(end - begin, some), write, 0)
 
 
 def _multiply(x_ref: Any, chunk: jax.Array, words: jax.Array, sum_refs: Any) -> None:
@@ -215,10 +223,10 @@ def _kernel(
 
   own_tiles = []
   for g in range(together):
-    at = (first_tile + g) * sizes.record
+    at = (first_tile + g) * sizes.header
     own_tiles.append(_Tile(
         slice(g * LANES, (g + 1) * LANES), at, record_ref[0, at] + ahead,
-        record_ref[0, at + sizes.record] + ahead - 1,
+        record_ref[0, at + sizes.header] + ahead - 1,
     ))
 
   if sizes.patches:

@@ -12,8 +12,7 @@ import numpy as np
 from kernels_pallas.subbit_matmul import layout
 from kernels_pallas.subbit_matmul.layout import decode, encode
 from kernels_pallas.ternary_matmul import layout as two_bit_layout
-from moejax.weights import base
-from moejax.weights.packed_ternary import PackedTernary
+from moejax.weights import base, packed_ternary
 from moejax.weights.ternary import Ternary
 from moejax.weights.ternary_v1 import TernaryV1
 
@@ -61,13 +60,17 @@ class BlockTernary(base.WeightNode):
     return layout.Sizes(self.cols, self.rows, self.block, self.deep, self.reach, self.patches)
 
   @classmethod
-  def from_two_bit(cls, node: PackedTernary, *, block: int | None = None) -> Self:
-    """The same weights (host arrays). block: 4, 8 or 16; None for what takes the fewest bits."""
-    signs = two_bit_layout.unpack(np.asarray(node.words), node.cols)
+  def from_signs(cls, signs: np.ndarray, levels: np.ndarray, *, block: int | None = None) -> Self:
+    """Encodes on the host.
+
+    Args:
+      signs: {-1, 0, 1}, int8 [e, d, f].
+      levels: [e, 2, f], low and high of each output, or [e, 1, f], high.
+      block: weights of a block, 4, 8 or 16; None for what takes the fewest bits.
+    """
     block = encode.size_for(signs[0]) if block is None else block
     base.require(block in layout.SIZES, f'block = {block}, must be one of {layout.SIZES}')
     stack = encode.encode_stack(signs, block)
-    levels = np.asarray(node.levels)
     e, n, f = levels.shape
     kept = np.zeros((e, n, stack.sizes.tiles * layout.LANES), levels.dtype)
     for i, homes in enumerate(stack.homes_etl):
@@ -75,15 +78,9 @@ class BlockTernary(base.WeightNode):
     whole = np.pad(stack.rows_rl, ((0, -len(stack.rows_rl) % layout.SUBLANES), (0, 0)))
     return cls(
         words=whole[None], starts=stack.starts_es, records=stack.records_es1w, levels=kept,
-        homes=stack.homes_etl, rows=f, cols=node.cols, block=block, deep=stack.sizes.deep,
-        reach=stack.sizes.reach, patches=stack.sizes.patches, single=node.single,
+        homes=stack.homes_etl, rows=f, cols=signs.shape[1], block=block, deep=stack.sizes.deep,
+        reach=stack.sizes.reach, patches=stack.sizes.patches,
     )
-
-  @classmethod
-  def from_node(cls, node: Ternary | TernaryV1 | PackedTernary) -> Self:
-    """The same weights (host arrays)."""
-    two_bit = node if isinstance(node, PackedTernary) else PackedTernary.from_node(node)
-    return cls.from_two_bit(two_bit)
 
   @classmethod
   def from_symbols(
@@ -101,18 +98,24 @@ class BlockTernary(base.WeightNode):
     Raises:
       UserError: a symbol is not ternary, or shapes do not fit.
     """
-    return cls.from_two_bit(
-        PackedTernary.from_symbols(symbols, levels, level_dtype=level_dtype), block=block
-    )
+    signs, levels, single = packed_ternary.signs_and_levels(symbols, levels, level_dtype)
+    return dataclasses.replace(cls.from_signs(signs, levels, block=block), single=single)
 
-  def two_bit(self) -> PackedTernary:
+  @classmethod
+  def from_node(cls, node: Ternary | TernaryV1 | packed_ternary.PackedTernary) -> Self:
+    """The same weights (host arrays)."""
+    two = isinstance(node, packed_ternary.PackedTernary)
+    levels = node.row_levels() if two else np.asarray(node.levels)
+    return cls.from_symbols(node.symbols(), levels, level_dtype=levels.dtype)
+
+  def two_bit(self) -> packed_ternary.PackedTernary:
     """The same weights at two bits (host arrays)."""
     signs = jax.jit(lambda node, i: node._signs(i))
     words = [
         two_bit_layout.pack(np.asarray(signs(self, i))[None]) for i in range(self.starts.shape[0])
     ]
     levels = [a[:, place] for a, place in zip(np.asarray(self.levels), self._places())]
-    return PackedTernary(
+    return packed_ternary.PackedTernary(
         words=np.concatenate(words), levels=np.stack(levels), cols=self.cols, single=self.single
     )
 
@@ -135,12 +138,12 @@ class BlockTernary(base.WeightNode):
     """
     flat = np.asarray(self.words).reshape(-1, layout.LANES)
     starts, records = np.asarray(self.starts).astype(np.int64), np.asarray(self.records)
-    index = np.asarray(experts)
+    index, length = np.asarray(experts), self.sizes.tiles * self.sizes.header
     shares, moved = [], np.zeros((index.size, starts.shape[1]), np.int64)
     for own in np.split(np.arange(index.size), shards):
       kept, inverse = np.unique(index[own], return_inverse=True)
       begin = starts[kept, 0]
-      rows = starts[kept, -1] + records[kept, -1, 0, -1] - begin
+      rows = starts[kept, -1] + records[kept, -1, 0, length] - begin
       offsets = np.cumsum(rows) - rows
       shares.append(np.concatenate([flat[b : b + n] for b, n in zip(begin, rows)]))
       moved[own] = (starts[kept] - begin[:, None] + offsets[:, None])[inverse]
@@ -186,7 +189,7 @@ class BlockTernary(base.WeightNode):
     base.require_array(self, 'words', (np.uint32,), (None, None, layout.LANES))
     base.require_array(self, 'starts', (np.int32,), (None, sizes.strips))
     base.require_array(
-        self, 'records', (np.int32,), (e, sizes.strips, 1, sizes.tiles * sizes.record + 1)
+        self, 'records', (np.int32,), (e, sizes.strips, 1, sizes.record)
     )
     base.require_array(
         self, 'levels', base.LEVEL_DTYPES, (e, None, sizes.tiles * layout.LANES)
@@ -205,24 +208,24 @@ class BlockTernary(base.WeightNode):
     """That rows, windows, patches and homes lie where there is something."""
     sizes, damaged = self.sizes, 'the file is damaged; restore it'
     starts, records = np.asarray(self.starts).astype(np.int64), np.asarray(self.records)[:, :, 0]
-    total, length = self.words.shape[0] * self.words.shape[1], records[:, :, -1]
-    tiles = records[:, :, :-1].reshape(*records.shape[:2], sizes.tiles, sizes.record)
-    firsts = np.concatenate([tiles[..., 0], length[..., None]], -1)
+    headers = records[:, :, : sizes.tiles * sizes.header]
+    headers = headers.reshape(*records.shape[:2], sizes.tiles, sizes.header)
+    total, length = self.words.shape[0] * self.words.shape[1], records[:, :, headers[0, 0].size]
     base.require(
         starts.min() >= 0 and (starts + length).max() <= total,
         f'BlockTernary.starts reach row {(starts + length).max()} of {total}: {damaged}',
     )
+    firsts = np.concatenate([headers[..., 0], length[..., None]], -1)
     least = layout.class_rows(self.cols, self.block) + 1
     base.require(
         (firsts[..., 0] == 0).all() and (np.diff(firsts) >= least).all()
-        and length.max() == self.deep,
-        f'BlockTernary.records: tiles are not {least} rows and more, or not {self.deep} in all: '
-        + damaged,
+        and length.max() <= self.deep,
+        f'BlockTernary.records: tiles are not {least} rows and more, {self.deep} in all: {damaged}',
     )
-    count = tiles[..., sizes.record - sizes.patches - 1]
+    begin, end = headers[..., -2], headers[..., -1]
     base.require(
-        count.min() >= 0 and count.max() <= sizes.patches,
-        f'BlockTernary.records: {count.max()} patches of {sizes.patches} at most: {damaged}',
+        (begin >= 0).all() and (begin <= end).all() and (end <= self.patches).all(),
+        f'BlockTernary.records: patches up to {end.max()} of {self.patches}: {damaged}',
     )
     columns = np.arange(sizes.tiles * layout.LANES)
     for i, homes in enumerate(np.asarray(self.homes)):

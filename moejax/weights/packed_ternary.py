@@ -15,6 +15,26 @@ from moejax.weights.ternary import Ternary
 from moejax.weights.ternary_v1 import TernaryV1
 
 
+def signs_and_levels(
+    symbols: np.ndarray, levels: np.ndarray, level_dtype: Any
+) -> tuple[np.ndarray, np.ndarray, bool]:
+  """Symbols and levels of rows as signs {-1, 0, 1} [e, d, f] and levels of columns.
+
+  Levels are [e, 2, f], low and high, or [e, 1, f] where every low is minus its high. The last value
+  says whether the symbols were of a single matrix.
+  """
+  symbols, single = base.rows_symbols(symbols)
+  e, rows, _ = symbols.shape
+  base.require(
+      symbols.min() >= 0 and symbols.max() <= 2,
+      f'symbols from {symbols.min()} to {symbols.max()}: ternary ones are 0, 1 and 2',
+  )
+  levels = base.row_levels(levels, e, rows, level_dtype).swapaxes(1, 2)
+  symmetric = (levels[:, 0] == -levels[:, 1]).all()
+  signs = np.array([0, -1, 1], np.int8)[symbols.swapaxes(1, 2)]
+  return signs, np.ascontiguousarray(levels[:, 1:] if symmetric else levels), single
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackedTernary(base.WeightNode):
@@ -53,19 +73,8 @@ class PackedTernary(base.WeightNode):
     Raises:
       UserError: a symbol is not ternary, or shapes do not fit.
     """
-    symbols, single = base.rows_symbols(symbols)
-    e, rows, cols = symbols.shape
-    base.require(
-        symbols.min() >= 0 and symbols.max() <= 2,
-        f'symbols from {symbols.min()} to {symbols.max()}: ternary ones are 0, 1 and 2',
-    )
-    levels = base.row_levels(levels, e, rows, level_dtype).swapaxes(1, 2)
-    symmetric = (levels[:, 0] == -levels[:, 1]).all()
-    signs = np.array([0, -1, 1], np.int8)[symbols.swapaxes(1, 2)]
-    return cls(
-        words=layout.pack(signs), cols=cols, single=single,
-        levels=np.ascontiguousarray(levels[:, 1:] if symmetric else levels),
-    )
+    signs, levels, single = signs_and_levels(symbols, levels, level_dtype)
+    return cls(words=layout.pack(signs), cols=signs.shape[1], single=single, levels=levels)
 
   @classmethod
   def from_node(cls, node: Ternary | TernaryV1) -> Self:

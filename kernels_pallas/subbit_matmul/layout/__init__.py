@@ -22,10 +22,11 @@ of it and the s-th after those make up lane-step s. A tile is 128 columns of a s
     streams   of each column, bit after bit from the lowest of a word, in words from the first on:
               the classes of what is left of steps, as above, lane-step after lane-step, of as many
               steps as have inputs there; the fields of step 0 (lane-step 0, block 0, 1, ..;
-              lane-step 1, ..), of step 1, ..; likewise the entries, from the last word back
+              lane-step 1, ..), of step 1, .. From the last word back the entries, likewise, bit
+              after bit from the highest
 
 A lane-step has room for `ENTRIES` entries, so that 32 bits hold them. Blocks past that are written
-as zeros and restored from the tile's list of patches: half words and where they belong. Columns are
+as zeros and restored from the tile's list of patches: words and where they belong. Columns are
 dealt to tiles by the length of their streams; see `deal`.
 """
 
@@ -37,10 +38,10 @@ from kernels_pallas.ternary_matmul import layout as two_bit
 
 LANES = 128
 SUBLANES = 8
-STRIP = 4096  # Inputs.
+STRIP = 8192  # Inputs.
 SIZES = (4, 8, 16)
 ENTRIES = {4: 4, 8: 2, 16: 1}
-PATCHES_AT_ONCE = 4  # Records have room for a multiple of so many.
+PATCHES_AT_ONCE = 4  # A tile has a multiple of so many, the last of no bits.
 ZERO, HIGH, MORE, LOW = range(4)
 
 
@@ -182,10 +183,10 @@ def place_of(homes_tl: Any, xp: Any = np) -> Any:
   return (xp.take_along_axis(homes_tl >> 7, lane, axis=1) * LANES + lane).reshape(-1)
 
 
-def record_words(d: int, size: int, patches: int) -> int:
-  """Words of a tile in an expert's record."""
+def header_words(d: int, size: int) -> int:
+  """Words of a tile in a strip's record: first row, windows of each step, patches from and to."""
   together = Form(size).together
-  return 2 + -(-steps_of(d, size) // together) * together + patches
+  return 3 + -(-steps_of(d, size) // together) * together
 
 
 def mask(bits: int) -> int:
@@ -200,7 +201,7 @@ class Sizes(NamedTuple):
     size: weights of a block.
     deep: rows of the longest strip of an expert.
     reach: see `encode.Coded`.
-    patches: of the tile with most, rounded up; see `PATCHES_AT_ONCE`.
+    patches: of the strip with most.
   """
 
   d: int
@@ -243,9 +244,13 @@ class Sizes(NamedTuple):
     return -(-(self.deep + SUBLANES - 1) // SUBLANES) + max(self.windows)
 
   @property
+  def header(self) -> int:
+    return header_words(self.d, self.size)
+
+  @property
   def record(self) -> int:
-    """Words of a tile in an expert's record."""
-    return record_words(self.d, self.size, self.patches)
+    """Words of a strip's record: tiles' headers, the row past the last, two words a patch."""
+    return self.tiles * self.header + 1 + 2 * self.patches
 
   @property
   def inputs(self) -> int:

@@ -141,7 +141,8 @@ def decode_step(
     step: its place among those; if traced, of the words' shape.
     starts: int32 [8, n], the same in all rows: bits before the step's fields, and its entries.
     form: of the blocks.
-    fields_at, entries_at: give the 32 bits from a bit of each stream, [8, n] of [8, n].
+    fields_at, entries_at: give the 32 bits from a bit of each stream on, [8, n] of [8, n]; of
+      entries the first bit is the highest.
     before: gives the sum of the rows above each, and of all rows in every row.
     pair_of: gives a class-2 block's bits, and whether it has an entry; None instead, where those
       bits are negative if it has one (for blocks of less than 32 bits).
@@ -156,6 +157,6 @@ def decode_step(
   entry_above, entry_total = before(functools.reduce(lambda a, b: a + b, takes))
   window = entries_at(starts[1] + entry_above)
   for j, h in enumerate(has):
-    codes[j] |= window & (h & layout.mask(form.entry))
-    window = shr(window, takes[j]) if j + 1 < form.blocks else window
+    codes[j] |= shr(window, 32 - form.entry) & h
+    window = shl(window, takes[j]) if j + 1 < form.blocks else window
   return _merge(codes, form), (starts[0] + total, starts[1] + entry_total)

@@ -38,8 +38,8 @@ def _strip(
   form, tiles = sizes.form, sizes.tiles
   columns, tail = tiles * layout.LANES, sizes.tail
   head = layout.SUBLANES * tail.group
-  of_tile = record_w[:-1].reshape(tiles, -1)
-  ends = jnp.append(of_tile[:, 0], record_w[-1])
+  headers = record_w[: tiles * sizes.header].reshape(tiles, -1)
+  ends = jnp.append(headers[:, 0], record_w[tiles * sizes.header])
   # Within a window of the rows, so that places are small. Where it would reach past their end it
   # starts earlier.
   window = min(sizes.deep, rows_rl.shape[0])
@@ -54,13 +54,18 @@ def _strip(
   # XLA would compute what several uses share for each of them.
   once = jax.lax.optimization_barrier
 
-  def bits_at(stream_word, at):
+  def fields_at(at):
     at = once(at)
-    shift = at & 31
-    low, high = word(stream_word(block.shr(at, 5))), word(stream_word(block.shr(at, 5) + 1))
+    shift, row = at & 31, first + head + block.shr(at, 5)
+    low, high = word(row), word(row + 1)
     return once(block.shr(low, shift) | block.shl(block.shl(high, 1), 31 - shift))
 
-  fields_at = lambda at: bits_at(lambda w: first + head + w, at)
+  def entries_at(at):
+    at = once(at)
+    shift, row = at & 31, last - block.shr(at, 5)
+    high, low = word(row), word(row - 1)
+    return once(block.shl(high, shift) | block.shr(block.shr(low, 1), 31 - shift))
+
   sublane = jnp.broadcast_to(jnp.arange(layout.SUBLANES)[:, None], (layout.SUBLANES, columns))
   if tail.steps:
     tail_bits = fields_at(tail.at(sublane, jnp))
@@ -81,8 +86,7 @@ def _strip(
     words, starts = block.decode_step(
         once(classes), jnp.broadcast_to(t % form.together, classes.shape), starts, form,
         before=lambda a: once(_before(once(a))), pair_of=lambda x: once(block.pair(x, form)),
-        fields_at=fields_at,
-        entries_at=lambda at: bits_at(lambda w: last - w, at),
+        fields_at=fields_at, entries_at=entries_at,
     )
     for i, word_rows in enumerate(once(words)):
       at = (t * form.words + i) * layout.SUBLANES
@@ -96,13 +100,14 @@ def _strip(
   words = jax.lax.bitcast_convert_type(made, jnp.uint32)
   if not sizes.patches:
     return words
-  patches = jax.lax.bitcast_convert_type(of_tile[:, -sizes.patches :], jnp.uint32)
-  return _patched(words, patches)
+  tile = jnp.searchsorted(headers[:, -1], jnp.arange(sizes.patches), side='right')
+  place, bits = record_w[tiles * sizes.header + 1 :].reshape(-1, 2).T
+  return _patched(words, tile, place, jax.lax.bitcast_convert_type(bits, jnp.uint32))
 
 
-def _patched(words_wc: jax.Array, patches_tp: jax.Array) -> jax.Array:
-  """Half words added where there are zeros; unused patches add nothing."""
-  column = jnp.arange(patches_tp.shape[0])[:, None] * layout.LANES + (patches_tp >> 16 & 127)
-  row = (patches_tp >> 23 & 255).astype(jnp.int32)
-  bits = (patches_tp & 0xFFFF) << ((patches_tp >> 31) * 16)
-  return words_wc.at[row, column.astype(jnp.int32)].add(bits)
+def _patched(
+    words_wc: jax.Array, tile_p: jax.Array, place_p: jax.Array, bits_p: jax.Array
+) -> jax.Array:
+  """Words with patches where there are zeros; those that no tile has are past all columns."""
+  column = tile_p * layout.LANES + (place_p & (layout.LANES - 1))
+  return words_wc.at[place_p >> 7, column].add(bits_p, mode='drop')

@@ -20,7 +20,7 @@ class Coded(NamedTuple):
     entries: int32 [strips * tiles, steps], likewise of its entries.
     reach: rows that a step's fields of a tile extend over at most, and its entries.
     homes: uint16 [tiles, 128], see `layout.place_of`; uint32 of more than 65,536 outputs.
-    patches: for each tile of each strip, uint32: 16 bits to set, lane << 16, row << 23, half << 31.
+    patches: for each tile of each strip, uint32 [p, 2]: row << 7 | lane of a word, and its bits.
   """
 
   rows: np.ndarray
@@ -94,12 +94,17 @@ class _Stream(NamedTuple):
   bits: np.ndarray
   lengths: np.ndarray
 
-  def words(self) -> np.ndarray:
-    """[words, columns] uint32, word 0 first."""
+  def words(self, *, highest: bool = False) -> np.ndarray:
+    """[words, columns] uint32, word 0 first; from the lowest bit of each on, or the highest."""
     columns = self.lengths.size
     piece, column = np.nonzero(self.bits)
     at, values = self.at[piece, column], self.values[piece, column].astype(np.uint64)
-    shifted = values << (at % 32).astype(np.uint64)
+    if highest:
+      from_top = 64 - at % 32 - self.bits[piece, column]
+      shifted = values << from_top.astype(np.uint64)
+      shifted = shifted >> np.uint64(32) | shifted << np.uint64(32)
+    else:
+      shifted = values << (at % 32).astype(np.uint64)
     place = at // 32 * columns + column
     size = (int(self.lengths.max()) // 32 + 2) * columns
     # Pieces do not overlap: sums stay below 2^32, which a float64 holds.
@@ -179,7 +184,7 @@ def encode(words_wf: np.ndarray, d: int, size: int) -> Coded:
   fields = [_stream(*a, tail.end) for a in zip(parts.fields, field_bits)]
   entries = [_stream(*a) for a in zip(parts.entries, entry_bits)]
 
-  used = [-(-a.lengths // 32) - (-b.lengths // 32) for a, b in zip(fields, entries)]
+  used = [-(-(a.lengths + b.lengths) // 32) for a, b in zip(fields, entries)]
   # Columns of one length with like fields are together: they need narrower windows.
   tile, lane = deal(np.lexsort((np.sum([a.lengths for a in fields], axis=0), np.sum(used, axis=0))))
   columns_of = np.empty((tiles, layout.LANES), np.int64)
@@ -187,7 +192,7 @@ def encode(words_wf: np.ndarray, d: int, size: int) -> Coded:
 
   rows, ends, first, patches, reach = [], [], [], [], np.ones((2, 1), np.int64)
   for i, both in enumerate(zip(fields, entries)):
-    words = [stream.words() for stream in both]
+    words = [both[0].words(), both[1].words(highest=True)]
     heads = _class_words(classes[i], form)
     if tail.steps:
       words[0] = words[0] + _tail_stream(heads[head:], form, tail, len(words[0]))
@@ -211,18 +216,15 @@ def encode(words_wf: np.ndarray, d: int, size: int) -> Coded:
 
 
 def _patches(blocks: np.ndarray, over: np.ndarray, form: layout.Form) -> np.ndarray:
-  """Half words [p] that restore the blocks that found no room: of one tile, [steps, 8, b, 128]."""
+  """Places and words [p, 2] that restore blocks that found no room: of a tile's [steps, 8, b, 128].
+
+  A word of two of them has two patches. They are padded with such of no bits.
+  """
   step, lane_step, block, lane = np.nonzero(over)
   word, shift = block * form.size // 16, block * form.size % 16 * 2
   row = (step * form.words + word) * layout.SUBLANES + lane_step
-  bits = blocks[over].astype(np.uint64) << shift.astype(np.uint64)
-  made = []
-  for half in range(2):
-    value = bits >> np.uint64(16 * half) & np.uint64(0xFFFF)
-    keep = value != 0
-    place = lane << 16 | row << 23 | half << 31
-    made.append((value | place.astype(np.uint64))[keep])
-  return np.concatenate(made).astype(np.uint32)
+  made = np.stack([row << 7 | lane, blocks[over].astype(np.uint64) << shift.astype(np.uint64)], 1)
+  return np.pad(made.astype(np.uint32), ((0, -len(made) % layout.PATCHES_AT_ONCE), (0, 0)))
 
 
 def words_of(signs_df: np.ndarray) -> np.ndarray:
@@ -242,7 +244,7 @@ def size_for(signs_df: np.ndarray) -> int:
     kept = np.minimum(parts.has_entry.sum(3), form.entries)
     over = parts.has_entry.sum() - kept.sum()
     fields = parts.field_bits.sum(dtype=np.int64)
-    return int(2 * blocks.size + fields + form.entry * kept.sum() + 32 * over)
+    return int(2 * blocks.size + fields + form.entry * kept.sum() + 64 * over)
 
   return min(layout.SIZES, key=bits)
 
@@ -262,29 +264,35 @@ def encode_stack(signs_edf: np.ndarray, size: int) -> Stack:
   d, f = signs_edf.shape[1:]
   experts = [encode(words_of(signs), d, size) for signs in signs_edf]
   strips, tiles = layout.strips_of(d), layout.tiles_of(f)
-  most = max(len(p) for coded in experts for p in coded.patches)
-  patches = -(-most // layout.PATCHES_AT_ONCE) * layout.PATCHES_AT_ONCE
-  width = layout.record_words(d, size, patches)
-  records = np.zeros((len(experts), strips, tiles * width + 1), np.int64)
+  per_strip = [
+      [coded.patches[i * tiles : (i + 1) * tiles] for i in range(strips)] for coded in experts
+  ]
+  patches = max(sum(map(len, of_tiles)) for coded in per_strip for of_tiles in coded)
+  sizes = layout.Sizes(d, f, size, 0, (0, 0), patches)
+  records = np.zeros((len(experts), strips, sizes.record), np.int64)
   starts, first = np.zeros((len(experts), strips), np.int64), 0
   for e, coded in enumerate(experts):
     ends = np.concatenate([[0], coded.ends])
     starts[e] = first + ends[:-1:tiles]
     for i in range(strips):
       of_strip = slice(i * tiles, (i + 1) * tiles)
-      record = records[e, i, :-1].reshape(tiles, width)
-      record[:, 0] = ends[of_strip] - ends[i * tiles]
+      headers = records[e, i, : tiles * sizes.header].reshape(tiles, sizes.header)
+      headers[:, 0] = ends[of_strip] - ends[i * tiles]
       steps = coded.fields.shape[1]
-      record[:, 1 : 1 + steps] = coded.fields[of_strip] | coded.entries[of_strip] << 16
-      for row, patch in zip(record[:, width - patches - 1 :], coded.patches[of_strip]):
-        row[0], row[1 : 1 + len(patch)] = len(patch), patch
-      records[e, i, -1] = ends[(i + 1) * tiles] - ends[i * tiles]
+      headers[:, 1 : 1 + steps] = coded.fields[of_strip] | coded.entries[of_strip] << 16
+      headers[:, -1] = np.cumsum([len(p) for p in per_strip[e][i]])
+      headers[1:, -2] = headers[:-1, -1]
+      rest = records[e, i, tiles * sizes.header :]
+      rest[0] = ends[(i + 1) * tiles] - ends[i * tiles]
+      listed = np.concatenate(per_strip[e][i]).reshape(-1)
+      rest[1 : 1 + len(listed)] = listed
     first += ends[-1]
   fields, entries = (max(coded.reach[i] for coded in experts) for i in range(2))
+  deep = int(records[:, :, tiles * sizes.header].max())
   return Stack(
       rows_rl=np.concatenate([coded.rows for coded in experts]),
       starts_es=starts.astype(np.int32),
       records_es1w=records[:, :, None].astype(np.uint32).view(np.int32),
       homes_etl=np.stack([coded.homes for coded in experts]),
-      sizes=layout.Sizes(d, f, size, int(records[:, :, -1].max()), (fields, entries), patches),
+      sizes=sizes._replace(deep=deep, reach=(fields, entries)),
   )
