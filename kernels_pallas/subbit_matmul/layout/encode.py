@@ -113,11 +113,12 @@ class _Stream(NamedTuple):
     return (low + high).astype(np.uint32).reshape(-1, columns)
 
   def reach(self, steps: int, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """First and last word that each step's pieces of these columns lie in."""
+    """First and last word of each step's pieces of these columns; 0 where there are none."""
     bits = self.bits[:, columns].reshape(steps, -1, columns.size).sum(1)
     starts = self.at[:, columns].reshape(steps, -1, columns.size)[:, 0]
     last = np.where(bits > 0, starts + bits - 1, 0).max(1)
-    return starts.min(1) // 32, np.maximum(last, starts.min(1)) // 32
+    first = np.where(bits > 0, starts, last[:, None]).min(1)
+    return first // 32, last // 32
 
 
 def _stream(values: np.ndarray, bits: np.ndarray, begin: int = 0) -> _Stream:
