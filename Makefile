@@ -47,6 +47,8 @@ evidence: test-long
 	  --out experiments/evidence/moefy_cpu.json --markdown experiments/BENCHMARKS_MOEFY.md
 	$(BIN)/python -m experiments.bench --suite kernels \
 	  --out experiments/evidence/kernels_cpu.json --markdown experiments/BENCHMARKS_KERNELS.md
+	$(BIN)/python -m experiments.bench --suite c2048 --rounds 1 \
+	  --out experiments/evidence/c2048_cpu.json --markdown experiments/BENCHMARKS_C2048.md
 	$(BIN)/python -m experiments.estimators --out experiments/evidence/estimators
 	$(BIN)/python -m experiments.pods --out experiments/evidence/pods
 	$(BIN)/python -m experiments.fewer --recover 64

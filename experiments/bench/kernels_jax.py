@@ -26,6 +26,7 @@ def nodes(d: int, f: int, rng: np.random.Generator) -> dict[str, Any]:
       'ternary, two bits, two levels': weights.PackedTernary.from_symbols(symbols, levels),
       'ternary, two bits, one level': weights.PackedTernary.from_symbols(symbols, one),
       'ternary, below one bit': weights.Ternary.from_symbols(symbols, levels),
+      'ternary, below one bit, for a kernel': weights.BlockTernary.from_symbols(symbols, levels),
   }
   for bits in (2, 3, 4):
     made[f'{bits}-bit with scale and zero'] = weights.Packed.from_symbols(

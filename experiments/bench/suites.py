@@ -57,6 +57,7 @@ SUITES: dict[str, tuple[Worker, ...]] = {
         Worker(part='products', module='kernels_jax', needs=_JAX, seconds=120),
         Worker(part='schedules', module='kernels_tpu', needs=_JAX, seconds=60),
     ),
+    'c2048': (Worker(part='c2048', module='c2048_jax', needs=_JAX, seconds=180),),
     'moefy': (
         Worker(part='neurons', module='moefy_jax', needs=_JAX, seconds=500),
         Worker(part='clusters', module='clusters_jax', needs=_JAX, seconds=15),

@@ -20,6 +20,7 @@ TITLES = {
     'clusters': 'Neurons into experts of equal size',
     'products': 'A product with one expert on CPU, below four bits a weight and in float32',
     'schedules': 'TPU kernels, not run: bundles for 2048 x 512 weights, and cycles to read them',
+    'c2048': 'Switch-c-2048, 1.6T parameters, as codes of blocks below one bit a weight',
     'equal': 'Training that MoE (ours) against a dense decoder of equal active parameters (peer)',
 }
 # (part, metric): how many times better than the peer ours should be.
@@ -44,6 +45,9 @@ TARGETS = {
     ('products', 'ternary, two bits, one level'): 1.0,
     ('products', 'ternary, below one bit'): 0.5,
     **{('products', f'{bits}-bit with scale and zero'): 1.0 for bits in (2, 3, 4)},
+    ('c2048', 'stored'): 1.0,
+    ('c2048', 'in one H200'): 1.0,
+    ('products', 'ternary, below one bit, for a kernel'): 0.5,
     ('clusters', 'balanced clusters'): 1.0,
     ('clusters', 'their objective'): 1.0,
     ('decoder', 'forward pass'): 1.2,
@@ -143,6 +147,8 @@ def number(value: float, unit: str) -> str:
     scale, name = 1e-6, {'bytes': 'MB', 'FLOPs': 'M'}[unit]
   elif unit == '%':
     return f'{value:.0f} %'
+  elif unit == 'GB':
+    return f'{value:.1f} GB'
   elif unit == 'bits a weight':
     name = 'bits'
   value *= scale

@@ -40,8 +40,11 @@ KERNELS = {
 TILE = 2048 * 512  # Weights that figures are given for.
 
 
-def measure(chip: str) -> dict[str, dict[str, Any]]:
-  """kernel -> case -> {'bundles', 'spills', 'a_tile': bundles for 2048 x 512 weights}."""
+def measure(chip: str, part: str = '') -> dict[str, dict[str, Any]]:
+  """kernel -> case -> {'bundles', 'spills', 'a_tile': bundles for 2048 x 512 weights}.
+
+  part: of the cases that have it in their name.
+  """
   topology = topologies.get_topology_desc(platform='tpu', topology_name=CHIPS[chip])
   one_chip = NamedSharding(Mesh(np.array(topology.devices[:1]), ('chip',)), PartitionSpec())
   folder = pathlib.Path(_DUMP.name)
@@ -49,6 +52,8 @@ def measure(chip: str) -> dict[str, dict[str, Any]]:
   for kernel, cases in KERNELS.items():
     made[kernel] = {}
     for case in cases():
+      if part not in case.name:
+        continue
       before = set(os.listdir(folder))
       jax.jit(case.function, in_shardings=one_chip).lower(*case.structs).compile()
       found = dump.schedules(folder, set(os.listdir(folder)) - before)
@@ -61,4 +66,4 @@ def measure(chip: str) -> dict[str, dict[str, Any]]:
 
 
 if __name__ == '__main__':
-  json.dump(measure(sys.argv[1]), sys.stdout)
+  json.dump(measure(*sys.argv[1:]), sys.stdout)

@@ -46,7 +46,7 @@ CHECKED: tuple[Case, ...] = (
     Case('empty_groups', (3, 0, 5, 1), 7, 300, 130),
     Case('all_on_one', (70, 0, 0), 0, 256, 128),
     Case('tails', (17, 1, 33), 3, 700, 700, spread=0.05),
-    Case('two_strips', (2, 2), 0, 4500, 24),
+    Case('two_strips', (2, 2), 0, 8300, 24),
     Case('five_tiles', (2,), 0, 256, 600, spread=0.1),
     Case('all_zero', (4, 4), 0, 100, 64, 1.0),
     Case('dense', (4, 12), 0, 512, 128, 0.0),

@@ -147,6 +147,16 @@ def _decode(
   )
 
 
+def _tile(
+    place: int, tile: jax.Array, ahead: jax.Array, record_ref: Any, sizes: layout.Sizes
+) -> _Tile:
+  """A tile of the strip, in a place of the grid step; its strip starts `ahead` rows on."""
+  at = tile * sizes.header
+  first, after = record_ref[0, at], record_ref[0, at + sizes.header]
+  lanes = slice(place * LANES, (place + 1) * LANES)
+  return _Tile(lanes, at, first + ahead, after + ahead - 1)
+
+
 def _tail_classes(tile: _Tile, sizes: layout.Sizes, rows_ref: Any) -> jax.Array:
   """Words of classes of a tile's tail."""
   tail, at = sizes.tail, tile.first + SUBLANES * sizes.tail.group
@@ -220,14 +230,7 @@ def _kernel(
   start = starts_ref[groups_ref[visit] * sizes.strips + strip]
   # Rows of the strip before its first are seen where it does not start with a register.
   ahead = start - _first_register(start, total, sizes) * SUBLANES
-
-  own_tiles = []
-  for g in range(together):
-    at = (first_tile + g) * sizes.header
-    own_tiles.append(_Tile(
-        slice(g * LANES, (g + 1) * LANES), at, record_ref[0, at] + ahead,
-        record_ref[0, at + sizes.header] + ahead - 1,
-    ))
+  own_tiles = [_tile(g, first_tile + g, ahead, record_ref, sizes) for g in range(together)]
 
   if sizes.patches:
     @pl.when((visit == 0) & (strip == 0) & (n == 0))

@@ -13,6 +13,7 @@ from moejax.config import DecoderConfig, DecoderMoeConfig
 from moejax.errors import UserError
 from moejax.model import Model
 
+pytestmark = pytest.mark.once
 BASE = dict(
     vocab_size=97, d_model=32, d_head=8, d_ff=48, num_heads=4, num_kv_heads=2, num_layers=2,
     initializer_std=0.2,

@@ -20,6 +20,7 @@ from moejax.config import EncDecConfig, EncDecMoeConfig
 from moejax.errors import UserError
 from moejax.model import Model
 
+pytestmark = pytest.mark.once
 ROOT = Path(__file__).parents[2]
 
 

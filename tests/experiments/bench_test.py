@@ -120,7 +120,21 @@ def test_the_suite_of_kernels(tmp_path):
   assert {r['part'] for r in rows} == {'products', 'schedules'}
   assert all(r['ratio'] and r['ratio'] > 0 for r in rows)
   products = [r for r in rows if r['part'] == 'products']
-  assert all(r['target'] for r in products) and len(products) == 4 * 6
+  assert all(r['target'] for r in products) and len(products) == 4 * 7
+
+
+@pytest.mark.long
+def test_the_suite_of_switch_c(tmp_path):
+  out = tmp_path / 'c2048.json'
+  done = bench('--suite', 'c2048', '--quick', '--rounds', '1', '--out', str(out))
+  assert done.returncode == 0, done.stderr
+  rows = {(r['case'], r['metric']): r for r in json.loads(out.read_text())['comparisons']}
+  # Matrices of 96 and 160 inputs carry more beside their codes than those of the model.
+  stored = rows['the whole model', 'stored']
+  assert stored['ours']['value'] == pytest.approx(
+      rows['all experts', 'bits a weight']['ours']['value'] * 1.5703e12 / 8e9, rel=0.05
+  )
+  assert [r['unit'] for r in rows.values() if 'on CPU' in r['case']] == ['s', 'tokens/s']
 
 
 @pytest.mark.long

@@ -16,6 +16,8 @@ from moejax.generate import generate
 from moejax.model import Model, abstract_params
 from moejax.nn import stacking
 
+pytestmark = pytest.mark.once
+
 EXPERTS, D, F = 6, 16, 24
 
 

@@ -19,6 +19,7 @@ from moejax.train import distill, loop, optim
 from moejax.train import state as state_lib
 from moejax.train import step as step_lib
 
+pytestmark = pytest.mark.once
 ROOT = Path(__file__).parents[2]
 
 
