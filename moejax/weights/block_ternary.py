@@ -222,6 +222,11 @@ class BlockTernary(base.WeightNode):
         and length.max() <= self.deep,
         f'BlockTernary.records: tiles are not {least} rows and more, {self.deep} in all: {damaged}',
     )
+    windows = headers[..., 1:-2].view(np.uint32)
+    last = np.maximum(windows & 0xFFFF, windows >> 16).max(-1)
+    base.require(
+        (last < np.diff(firsts)).all(), f'BlockTernary.records: windows past their tiles: {damaged}'
+    )
     begin, end = headers[..., -2], headers[..., -1]
     base.require(
         (begin >= 0).all() and (begin <= end).all() and (end <= self.patches).all(),

@@ -36,9 +36,8 @@ def node(name: str, rows: int, cols: int, experts: int = E):
       rng.choice(3, size=(rows, cols), p=[z, (1 - z) / 2, (1 - z) / 2]) for z in shares
   ])
   if name != 'mixed':
-    return {'ternary': weights.Ternary, 'ternary_v1': weights.TernaryV1}[name].from_symbols(
-        symbols, levels
-    )
+    made = {'ternary': weights.Ternary, 'block_ternary': weights.BlockTernary}[name]
+    return made.from_symbols(symbols, levels)
   dense = (rng.normal(size=(1, cols, rows)) * cols**-0.5).astype(ml_dtypes.bfloat16)
   parts = [
       weights.Ternary.from_symbols(symbols[:4], levels[:4]), node('packed', rows, cols, 2), dense,
@@ -56,7 +55,7 @@ def compressed():
       ('encoder/layers_0/ffn/experts/wi', 'ternary', F, D),
       ('encoder/layers_0/ffn/experts/wo', 'mixed', D, F),
       ('decoder/layers_0/ffn/experts/wi', 'packed', F, D),
-      ('decoder/layers_0/ffn/experts/wo', 'ternary_v1', D, F),
+      ('decoder/layers_0/ffn/experts/wo', 'block_ternary', D, F),
   ):
     params = tree.replace(params, path, node(name, rows, cols))
   return params
@@ -112,9 +111,10 @@ def test_each_device_holds_the_codes_of_its_experts():
   assert [p.shape[0] for p in mixed.parts] == [8, 4, 4, 4]
   assert held(mixed.parts[0].levels) == 2 * D * 2 * 2
   assert held(mixed.parts[2]) == D * F * 2
-  # What cannot be cut is whole everywhere.
-  v1 = placed['decoder']['layers_0']['ffn']['experts']['wo']
-  assert held(v1.words) == v1.words.nbytes and held(v1.levels) == v1.levels.nbytes // 4
+  # Of its experts alone.
+  blocks = placed['decoder']['layers_0']['ffn']['experts']['wo']
+  assert held(blocks.words) == blocks.words.nbytes // 4
+  assert held(blocks.levels) == blocks.levels.nbytes // 4
 
 
 def test_a_placed_model_is_stored_whole_and_loads_onto_a_mesh(tmp_path):
