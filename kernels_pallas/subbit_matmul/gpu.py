@@ -16,8 +16,8 @@ def dense(
   """One expert's matrix [d, f]."""
   pick = lambda a: jax.lax.dynamic_index_in_dim(jnp.asarray(a), expert, 0, keepdims=False)
   words = decode.kept_words(rows_rl, starts_es, records_es1w, expert, sizes)
-  kept = layout.in_order(two_bit.dense(words, pick(levels_enc), 16 * len(words), dtype), 0)
-  return kept[: sizes.d, layout.place_of(pick(homes_etl), jnp)[: sizes.f]]
+  kept = two_bit.dense(words, pick(levels_enc), 16 * len(words), dtype)
+  return layout.from_code(kept, 0, sizes.d)[:, layout.place_of(pick(homes_etl), jnp)[: sizes.f]]
 
 
 def subbit_matmul(

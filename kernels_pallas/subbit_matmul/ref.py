@@ -16,8 +16,7 @@ def subbit_matmul(
   """See `api.subbit_matmul`."""
   pick = lambda a, e: jax.lax.dynamic_index_in_dim(a, e, 0, keepdims=False)
 
-  whole = layout.strips_of(sizes.d) * layout.depth_of(sizes.d)
-  x_md = layout.in_words(jnp.pad(x_md, ((0, 0), (0, whole - sizes.d))), 1)
+  x_md = layout.in_code(x_md, 1, jnp)
 
   def product(e, x_block):
     words = decode.kept_words(rows_rl, starts_es, records_es1w, e, sizes)

@@ -374,8 +374,7 @@ def subbit_matmul(
   strips = sizes.strips
   # Each strip's inputs, and zeros to the end of its last group of steps.
   depth = layout.depth_of(sizes.d)
-  x_md = jnp.pad(x_md, ((0, total_m - m), (0, strips * depth - sizes.d)))
-  x_md = layout.in_words(x_md, 1)
+  x_md = layout.in_code(jnp.pad(x_md, ((0, total_m - m), (0, 0))), 1, jnp)
   x_md = jnp.pad(
       x_md.reshape(total_m, strips, depth), ((0, 0), (0, 0), (0, sizes.inputs - depth))
   ).reshape(total_m, -1)

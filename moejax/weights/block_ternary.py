@@ -242,9 +242,10 @@ class BlockTernary(base.WeightNode):
     """{-1, 0, 1} of one expert, int8 [d, f]."""
     rows, starts, records, _, homes = self.arrays()
     kept = decode.kept_words(rows, starts, records, i, self.sizes)
-    signs = layout.in_order(two_bit_layout.halves(kept) / two_bit_layout.UNIT, 0)
+    halves = two_bit_layout.halves(kept).astype(jnp.int8) // int(two_bit_layout.UNIT)
+    signs = layout.from_code(halves, 0, self.cols)
     homes = jax.lax.dynamic_index_in_dim(homes, i, 0, keepdims=False)
-    return signs[: self.cols, layout.place_of(homes, jnp)[: self.rows]].astype(jnp.int8)
+    return signs[:, layout.place_of(homes, jnp)[: self.rows]]
 
   def expert(self, i: jax.Array | int, dtype: Any) -> jax.Array:
     levels, homes = (

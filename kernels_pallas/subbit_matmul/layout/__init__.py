@@ -1,9 +1,10 @@
 """Ternary weights below one bit in codes of blocks, which arithmetic alone decodes.
 
-Weights lie in the words of `ternary_matmul.layout`, 16 at two bits, after the inputs of each 256
-were put in another order (`in_words`): word s + 8 w of theirs, w = 0 or 1, then holds the inputs
-from 32 s + 16 w on. A word holds blocks of `size` = 4, 8 or 16 weights, 2 size bits each;
-p = log2(size). Of a block is written
+Weights lie in the words of `ternary_matmul.layout`, 16 at two bits, after the inputs were put in
+another order (`in_code`): of w words the i-th holds the inputs i, i + w, .., i + 15 w, for weights
+near each other are as dense as each other after GPTQ, and blocks of one density cost most; words
+2 s and 2 s + 1 of each 16 are words s and s + 8 of their 256 inputs. A word holds blocks of
+`size` = 4, 8 or 16 weights, 2 size bits each; p = log2(size). Of a block is written
 
     class   2 bits                  0 all zero, 1 one high, 3 one low, 2 more
     field   p bits                  of classes 1 and 3: where the weight is
@@ -145,22 +146,32 @@ def class_rows(d: int, size: int) -> int:
   return SUBLANES * tail_of(d, size).group
 
 
-def in_words(a: Any, axis: int) -> Any:
-  """Inputs, a multiple of 256 of them, in the order in which the words hold them."""
-  return _reordered(a, axis, (SUBLANES, 2, 8, 2), (2, 1, 0, 3))
+def in_code(a: Any, axis: int, xp: Any = np) -> Any:
+  """Inputs in the order of the code, along an axis that gets padded with zeros to whole strips."""
+  d, before, after = a.shape[axis], a.shape[:axis], a.shape[axis + 1 :]
+  words = -(-d // 16)
+  a = _padded(a, axis, 16 * words, xp).reshape(*before, 16, words, *after).swapaxes(axis, axis + 1)
+  a = _padded(a.reshape(*before, -1, *after), axis, strips_of(d) * depth_of(d), xp)
+  return _reordered(a, axis, (SUBLANES, 2, 8, 2))
 
 
-def in_order(a: Any, axis: int) -> Any:
-  """Undoes `in_words`."""
-  return _reordered(a, axis, (8, 2, SUBLANES, 2), (2, 1, 0, 3))
+def from_code(a: Any, axis: int, d: int) -> Any:
+  """The d inputs again, from whole strips of the code."""
+  a, before, after = _reordered(a, axis, (8, 2, SUBLANES, 2)), a.shape[:axis], a.shape[axis + 1 :]
+  words, first = -(-d // 16), (slice(None),) * axis
+  a = a[(*first, slice(16 * words))].reshape(*before, words, 16, *after).swapaxes(axis, axis + 1)
+  return a.reshape(*before, -1, *after)[(*first, slice(d))]
 
 
-def _reordered(a: Any, axis: int, shape: tuple[int, ...], order: tuple[int, ...]) -> Any:
+def _padded(a: Any, axis: int, size: int, xp: Any) -> Any:
+  return xp.pad(a, [(0, size - n) if i == axis else (0, 0) for i, n in enumerate(a.shape)])
+
+
+def _reordered(a: Any, axis: int, shape: tuple[int, ...]) -> Any:
+  """Each 256 along the axis, as of this shape, with the first and the third of its axes swapped."""
   before, after = a.shape[:axis], a.shape[axis + 1 :]
   split = a.reshape(*before, -1, *shape, *after)
-  first = axis + 1
-  moved = [*range(first), *(first + i for i in order), *range(first + 4, split.ndim)]
-  return split.transpose(moved).reshape(a.shape)
+  return split.swapaxes(axis + 1, axis + 3).reshape(a.shape)
 
 
 def homes(tile_c: np.ndarray, lane_c: np.ndarray) -> np.ndarray:

@@ -166,7 +166,7 @@ def _tail_stream(
 def encode(words_wf: np.ndarray, d: int, size: int) -> Coded:
   """Codes one expert's two-bit words, uint32 [words_of(d), f], in blocks of `size` weights.
 
-  The inputs of the words are in the order of `layout.in_words`.
+  The inputs of the words are in the order of `layout.in_code`.
   """
   form = layout.Form(size)
   f = words_wf.shape[1]
@@ -230,8 +230,7 @@ def _patches(blocks: np.ndarray, over: np.ndarray, form: layout.Form) -> np.ndar
 
 def words_of(signs_df: np.ndarray) -> np.ndarray:
   """Two-bit words of one expert, its inputs in the order of the code: uint32 [w, f]."""
-  padded = np.pad(signs_df, ((0, -len(signs_df) % two_bit.CHUNK), (0, 0)))
-  return two_bit.pack(layout.in_words(padded, 0)[None])[0]
+  return two_bit.pack(layout.in_code(signs_df, 0)[None])[0]
 
 
 def size_for(signs_df: np.ndarray) -> int:
