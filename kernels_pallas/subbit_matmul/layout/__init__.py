@@ -21,10 +21,10 @@ of it and the s-th after those make up lane-step s. A tile is 128 columns of a s
     classes   8 rows for each whole group of 16 / blocks steps; row s: in byte j, steps apart by 2
               bits, block j's class
     streams   of each column, bit after bit from the lowest of a word, in words from the first on:
-              the classes of what is left of steps, as above, lane-step after lane-step, of as many
-              steps as have inputs there; the fields of step 0 (lane-step 0, block 0, 1, ..;
-              lane-step 1, ..), of step 1, .. From the last word back the entries, likewise, bit
-              after bit from the highest
+              the classes of the steps that are left, of lane-step 0 step after step and block
+              after block, of lane-step 1, .., as far as there are inputs; the fields of step 0
+              (lane-step 0, block 0, 1, ..; lane-step 1, ..), of step 1, .. From the last word
+              back the entries, likewise, bit after bit from the highest
 
 A lane-step has room for `ENTRIES` entries, so that 32 bits hold them. Blocks past that are written
 as zeros and restored from the tile's list of patches: words and where they belong. Columns are
