@@ -69,6 +69,10 @@ def check(product, case, levels, dtype):
   )
 
 
+@pytest.mark.long(but=(
+    *(f'ref-2_float32-{case.name}' for case in cases.CHECKED if case.name != 'five_tiles'),
+    'ref-1_bfloat16-tails', 'gpu-2_float32-tails', 'gpu-1_bfloat16-two_strips',
+))
 @CASES
 @LEVELS
 @pytest.mark.parametrize('name', PRODUCTS)
@@ -85,6 +89,10 @@ def test_kernel(case, levels, dtype):
   check(functools.partial(tpu.subbit_matmul, interpret=True), case, levels, dtype)
 
 
+@pytest.mark.long(but=(
+    *(f'8-{name}' for name in ('all_zero', 'one_weight', 'tails', 'five_tiles', 'dense')),
+    '4-dense', '4-two_strips', '16-uneven', '16-tails',
+))
 @CASES
 @pytest.mark.parametrize('block', layout.SIZES)
 def test_every_matrix_comes_back(block, case):
