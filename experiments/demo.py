@@ -41,6 +41,10 @@ _TEST_BATCHES = flags.DEFINE_integer(
     'test_batches', 40, 'Batches of 32 samples of the test years, spread over them; 0 takes all.',
     lower_bound=0,
 )
+_ROWS = flags.DEFINE_list(
+    'rows', [], 'Only these rows of the table beside the uncompressed model: rtn, qmoe, refit, '
+    'search, two_bit.'
+)
 _TRAIN_FILES = flags.DEFINE_multi_string('train_files', [], 'Other text to train and calibrate on.')
 _TEST_FILES = flags.DEFINE_multi_string('test_files', [], 'Other text to measure on.')
 
@@ -81,13 +85,13 @@ def settings_from_flags() -> steps.Settings:
       train_files=absolute(_TRAIN_FILES.value, default.train_files),
       test_files=absolute(_TEST_FILES.value, default.test_files),
       train_seconds=_TRAIN_SECONDS.value, calibration_samples=_CALIBRATION.value,
-      test_batches=_TEST_BATCHES.value,
+      test_batches=_TEST_BATCHES.value, rows=tuple(_ROWS.value),
   )
 
 
 def run(settings: steps.Settings) -> dict[str, Any]:
   """Every step; returns the report.json object."""
-  recipes = steps.recipes()
+  recipes = steps.recipes(settings.rows)
   step = Steps(2 * len(recipes) + 1, steps.Memory(settings.workdir / 'steps'))
   trained = settings.workdir / 'train' / 'model'
   train_text, test_text = map(steps.text_fingerprint, (settings.train_files, settings.test_files))
@@ -142,12 +146,17 @@ def run(settings: steps.Settings) -> dict[str, Any]:
   return comparison(settings, variants, training)
 
 
+def headline_of(variants: list[dict[str, Any]]) -> dict[str, Any]:
+  """The row that the report is about; the last one where that was not asked for."""
+  return next((v for v in variants if v['key'] == steps.HEADLINE), variants[-1])
+
+
 def comparison(
     settings: steps.Settings, variants: list[dict[str, Any]], training: dict[str, Any]
 ) -> dict[str, Any]:
   """The report.json object of all rows; the top level is that of the headline row."""
   base = variants[0]
-  head = next(v for v in variants if v['key'] == steps.HEADLINE)
+  head = headline_of(variants)
   measured = base['evaluation']
   config = store.Source(settings.checkpoint).config
   data = evaluate.data_config(settings.checkpoint)
@@ -184,7 +193,7 @@ def title(bits: float) -> str:
 
 def samples(variants: list[dict[str, Any]]) -> list[dict[str, Any]]:
   """Test passages with what the uncompressed, the rounded and the headline model fill in."""
-  chosen = [v for v in variants if v['key'] in ('bf16', 'rtn', steps.HEADLINE)]
+  chosen = [v for v in variants if v['key'] in ('bf16', 'rtn', headline_of(variants)['key'])]
   return [
       {'text': example['pieces'], 'guesses': [
           {'name': v['name'], 'pieces': v['evaluation']['examples'][i]['fills']} for v in chosen

@@ -1,6 +1,6 @@
 """The steps of the demo; each remembers its inputs, so that a rerun only does what is new."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import hashlib
 import json
@@ -19,7 +19,7 @@ from moejax.compress import driver, matrix
 from moejax.compress.quantize import Quantize, quantize
 from moejax.data import text
 from moejax.data import tokenizer as tokenizer_lib
-from moejax.errors import UserError
+from moejax.errors import UserError, did_you_mean
 from moejax.train import loop, writers
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -28,7 +28,7 @@ FORMAT = 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-  """What the demo can be told. `train_seconds` are of training steps, compilation left out."""
+  """What the demo can be told. `train_seconds` are of training steps; `rows` none for all."""
 
   checkpoint: pathlib.Path
   workdir: pathlib.Path
@@ -39,6 +39,7 @@ class Settings:
   train_batch: int = 16
   calibration_samples: int = 2048
   test_batches: int = 40
+  rows: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,8 +52,21 @@ class Recipe:
   transform: Quantize | None
 
 
-def recipes() -> tuple[Recipe, ...]:
-  """The rows, the uncompressed model first."""
+def recipes(rows: Sequence[str] = ()) -> tuple[Recipe, ...]:
+  """The rows of these keys, all if none is named; the uncompressed model comes first always.
+
+  Raises:
+    UserError: there is no row of a key.
+  """
+  every = _recipes()
+  keys = [recipe.key for recipe in every]
+  for key in rows:
+    if key not in keys:
+      raise UserError(f'no row {key!r}: {", ".join(keys)}{did_you_mean(key, keys)}')
+  return every[:1] + tuple(r for r in every[1:] if not rows or r.key in rows)
+
+
+def _recipes() -> tuple[Recipe, ...]:
   search = matrix.Search(target_bits=1.0)
   return (
       Recipe(key='bf16', name='bf16', note='as trained, 16 bits a weight', transform=None),

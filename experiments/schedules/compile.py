@@ -30,12 +30,21 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 from experiments.schedules import dump
+from kernels_pallas.grouped_matmul import cases as grouped_matmul
+from kernels_pallas.lowrank_sparse_matmul import cases as lowrank_sparse_matmul
+from kernels_pallas.neuron_select import cases as neuron_select
+from kernels_pallas.packed_matmul import cases as packed_matmul
 from kernels_pallas.subbit_matmul import cases as subbit_matmul
 from kernels_pallas.ternary_matmul import cases as ternary_matmul
 
 CHIPS = {'v5e': 'v5e:2x2', 'v5p': 'v5p:2x2x1', 'v6e': 'v6e:2x2'}
 KERNELS = {
     'ternary_matmul': ternary_matmul.scheduled, 'subbit_matmul': subbit_matmul.scheduled,
+    'packed_matmul': packed_matmul.scheduled,
+    'gmm': grouped_matmul.scheduled,
+    'lowrank_sparse_project': lowrank_sparse_matmul.scheduled_project,
+    'lowrank_sparse_expand': lowrank_sparse_matmul.scheduled_expand,
+    'neuron_select': neuron_select.scheduled,
 }
 TILE = 2048 * 512  # Weights that figures are given for.
 

@@ -1,6 +1,13 @@
-"""Shapes that every implementation of the grouped products is checked on."""
+"""Shapes that every implementation is checked on, and those whose TPU schedules are counted."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.grouped_matmul import tpu
+from kernels_pallas.ternary_matmul.cases import Scheduled
 
 
 class Case(NamedTuple):
@@ -41,3 +48,14 @@ WIDE: tuple[Wide, ...] = (
     Wide('switch_base', 4096, 128, 768, 3072),
     Wide('switch_c', 2048, 64, 2080, 6144),
 )
+
+
+def scheduled() -> Iterator[Scheduled]:
+  """A tile of rows of GRIN's up projection, few rows and many."""
+  for m, e, d, f in ((128, 16, 4096, 6400), (8192, 16, 4096, 6400)):
+    structs = (
+        jax.ShapeDtypeStruct((m, d), jnp.bfloat16), jax.ShapeDtypeStruct((e, d, f), jnp.bfloat16),
+        jax.ShapeDtypeStruct((e,), jnp.int32),
+    )
+    _, deep, wide = tpu.tiling(m, e, d, f, jnp.bfloat16)
+    yield Scheduled(f'{tpu.row_tile(m, e)} rows, bfloat16', tpu.product, structs, deep * wide)

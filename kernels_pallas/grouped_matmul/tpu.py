@@ -36,7 +36,8 @@ def row_tile(rows: int, groups: int) -> int:
   return _ROW_TILES[-1]
 
 
-def _tiling(rows: int, groups: int, d: int, f: int, dtype: Any) -> tuple[int, int, int]:
+def tiling(rows: int, groups: int, d: int, f: int, dtype: Any) -> tuple[int, int, int]:
+  """Rows, inputs and outputs of a tile."""
   limit = 2 * _TILE_BYTES // jnp.dtype(dtype).itemsize
   return row_tile(rows, groups), tile(d, limit), tile(f, limit)
 
@@ -53,10 +54,10 @@ def product(
   m, dtype = x_md.shape[0], x_md.dtype
   kernel_dtype = dtype if supported(dtype) else jnp.float32
   f = w_edf.shape[1 if transpose else 2]
-  tiling = _tiling(m, w_edf.shape[0], x_md.shape[1], f, kernel_dtype)
+  tiles = tiling(m, w_edf.shape[0], x_md.shape[1], f, kernel_dtype)
   y_mf = gmm(
-      _padded(x_md, tiling[0]).astype(kernel_dtype), w_edf.astype(kernel_dtype),
-      group_sizes_e.astype(jnp.int32), kernel_dtype, tiling, transpose_rhs=transpose,
+      _padded(x_md, tiles[0]).astype(kernel_dtype), w_edf.astype(kernel_dtype),
+      group_sizes_e.astype(jnp.int32), kernel_dtype, tiles, transpose_rhs=transpose,
       interpret=interpret,
   )[:m]
   inside = (jnp.arange(m) < group_sizes_e.sum())[:, None]
@@ -70,10 +71,10 @@ def outer(
   """See `api.outer`."""
   kernel_dtype = x_md.dtype if supported(x_md.dtype) else jnp.float32
   groups = group_sizes_e.shape[0]
-  tiling = _tiling(x_md.shape[0], groups, x_md.shape[1], dy_mf.shape[1], kernel_dtype)
+  tiles = tiling(x_md.shape[0], groups, x_md.shape[1], dy_mf.shape[1], kernel_dtype)
   out = dtype if supported(dtype) else jnp.float32
   return tgmm(
-      _padded(x_md, tiling[0]).astype(kernel_dtype).swapaxes(0, 1),
-      _padded(dy_mf, tiling[0]).astype(kernel_dtype),
-      group_sizes_e.astype(jnp.int32), out, tiling, interpret=interpret,
+      _padded(x_md, tiles[0]).astype(kernel_dtype).swapaxes(0, 1),
+      _padded(dy_mf, tiles[0]).astype(kernel_dtype),
+      group_sizes_e.astype(jnp.int32), out, tiles, interpret=interpret,
   ).astype(dtype)

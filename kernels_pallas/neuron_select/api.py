@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from kernels_pallas.neuron_select import ref
+from kernels_pallas.neuron_select import ref, tpu
 
 
 class Cost(NamedTuple):
@@ -22,7 +22,7 @@ def neuron_select(
   """y[m] = sum over the chosen e of wo_e(act(wi_e x[m])), [m, d] in x's dtype.
 
   act(wi_e x[m], gate_e x[m]) where the experts have a gate. Accumulated in float32. See `vjp` for
-  gradients: the loops here run as long as what was chosen.
+  gradients: the loops here run as long as what was chosen. On TPU few tokens go by a kernel.
 
   Args:
     x_md: tokens. experts: see the package. chosen_me: bool. act: elementwise, of one or two.
@@ -38,7 +38,14 @@ def neuron_select(
     )
   if not len(x_md):
     return x_md
-  return ref.neuron_select(x_md, experts, chosen_me, act)
+  plain = lambda x, own, chosen: ref.neuron_select(x, own, chosen, act)
+  refused = tpu.supports(
+      len(x_md), d, f, e, x_md.dtype, gated='gate' in experts, weight_dtype=experts['wi'].dtype
+  )
+  return jax.lax.platform_dependent(
+      x_md, dict(experts), chosen_me, cpu=plain, default=plain,
+      tpu=plain if refused else lambda x, own, c: tpu.neuron_select(x, own, c, act),
+  )
 
 
 def cost(m: int, d: int, f: int, experts: int, pairs: float, *, gated: bool, itemsize: int) -> Cost:

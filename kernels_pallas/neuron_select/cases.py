@@ -1,6 +1,14 @@
-"""Shapes that every implementation of chosen experts is checked on."""
+"""Shapes that every implementation is checked on, and those whose TPU schedules are counted."""
 
+from collections.abc import Iterator
+import functools
 from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.neuron_select import tpu
+from kernels_pallas.ternary_matmul.cases import Scheduled
 
 
 class Case(NamedTuple):
@@ -26,3 +34,21 @@ CHECKED: tuple[Case, ...] = (
     Case('one_expert', 19, 1, 16, 8, 0.5),
     Case('narrow', 64, 32, 16, 1, 0.2),
 )
+
+
+def scheduled() -> Iterator[Scheduled]:
+  """A gated block of 4096 inputs and 64 experts of 256 neurons, and one of experts in pieces."""
+  d = 4096
+  relu = lambda wi, gate: jax.nn.relu(gate) * wi
+  for m, e, f, dtype in (
+      (1, 64, 256, jnp.bfloat16), (16, 64, 256, jnp.bfloat16), (128, 64, 256, jnp.bfloat16),
+      (16, 16, 896, jnp.bfloat16), (16, 64, 256, jnp.float32),
+  ):
+    like = lambda *shape, dtype=dtype: jax.ShapeDtypeStruct(shape, dtype)
+    structs = (
+        like(m, d), {'wi': like(e, d, f), 'gate': like(e, d, f), 'wo': like(e, f, d)},
+        jax.ShapeDtypeStruct((m, e), jnp.bool_),
+    )
+    weights = 3 * d * tpu.width(d, f, 3, jnp.dtype(dtype).itemsize)
+    name = f'{m} rows of {e} experts of {f}, {jnp.dtype(dtype).name}'
+    yield Scheduled(name, functools.partial(tpu.neuron_select, act=relu), structs, weights)

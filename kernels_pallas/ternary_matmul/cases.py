@@ -37,14 +37,14 @@ CHECKED: tuple[Case, ...] = (
 
 
 class Scheduled(NamedTuple):
-  """A product to compile: a function of arrays of these shapes, and the weights of a grid step.
+  """A product to compile: a function, the shapes of its arguments, and a grid step's weights.
 
   `trips`: how often a grid step goes round each of its loops.
   """
 
   name: str
   function: Any
-  structs: tuple[jax.ShapeDtypeStruct, ...]
+  structs: tuple[Any, ...]
   step_weights: int
   trips: tuple[float, ...] = ()
 

@@ -15,7 +15,7 @@ import ml_dtypes
 import numpy as np
 
 from moejax import weights
-from moejax.codec import packing, qmoe_v1, ternary
+from moejax.codec import qmoe_v1, ternary
 
 # What GPTQ takes from the zero share of rounding: QMoE's published shares (arXiv 2310.16795, table
 # 3) and the demo's are met within 0.006.
@@ -138,11 +138,11 @@ def packed_node(
     shape: tuple[int, int, int], bits: int, *, group_size: int | None = None,
     level_dtype: Any = ml_dtypes.bfloat16,
 ) -> weights.WeightNode:
-  """An abstract `Packed` [e, d, f] of 2, 3 or 4 bits."""
+  """An abstract `Packed` [e, d, f] of 2, 3, 4 or 8 bits."""
   e, cols, rows = shape
   like = jax.ShapeDtypeStruct
   levels = like((e, rows, -(-cols // group_size) if group_size else 1), level_dtype)
   return weights.Packed(
-      words=like((e, packing.words_per_column(cols, bits), rows), np.uint32), scale=levels,
+      words=like((e, weights.Packed.words_per_column(cols, bits), rows), np.uint32), scale=levels,
       zero=levels, cols=cols, width=bits, group_size=group_size or 0,
   )

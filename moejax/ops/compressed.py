@@ -4,7 +4,6 @@ A single token goes through codewords by `kernels_pallas.codeword_matvec`, which
 low rank and a few columns are never expanded either.
 """
 
-import functools
 from typing import Any
 
 import jax
@@ -13,11 +12,13 @@ import numpy as np
 
 from kernels_pallas.codeword_matvec import api as codewords
 from kernels_pallas.grouped_matmul import ref as grouped
+from kernels_pallas.lowrank_sparse_matmul import api as low_rank_sparse
+from kernels_pallas.packed_matmul import api as packed
 from kernels_pallas.subbit_matmul import api as sub_bit
 from kernels_pallas.ternary_matmul import api as two_bit
 from moejax import weights
 from moejax.codec import ternary_jax
-from moejax.ops import expert_dot, packed_dot
+from moejax.ops import expert_dot
 
 
 @jax.custom_vjp
@@ -34,9 +35,10 @@ def compressed_expert_dot(x_md: jax.Array, node: Any, group_sizes_e: jax.Array) 
     return sub_bit.subbit_matmul(x_md, *node.arrays(), group_sizes_e, node.sizes)
   if isinstance(node, weights.LowRankSparse):
     return low_rank_sparse_dot(x_md, node, group_sizes_e)
-  if isinstance(node, weights.Packed) and x_md.shape[0]:
-    return jax.lax.platform_dependent(
-        x_md, node, group_sizes_e, cpu=packed_dot.packed_dot, default=expanded_dot
+  if isinstance(node, weights.Packed):
+    return packed.packed_matmul(
+        x_md, jnp.asarray(node.words), jnp.asarray(node.scale), jnp.asarray(node.zero),
+        group_sizes_e, bits=node.width, group_size=node.group_size,
     )
   return expanded_dot(x_md, node, group_sizes_e)
 
@@ -52,33 +54,15 @@ def expanded_dot(x_md: jax.Array, node: Any, group_sizes_e: jax.Array) -> jax.Ar
 def low_rank_sparse_dot(
     x_md: jax.Array, node: weights.LowRankSparse, group_sizes_e: jax.Array
 ) -> jax.Array:
-  """(x left) right, and x times the kept columns added where they belong: the small work only.
-
-  2 m (r (d + f) + s d) operations where the dense weight takes 2 m d f.
-  """
-  m = x_md.shape[0]
-  buckets = grouped.row_buckets(m)
-  dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-
-  def expert(e, start, rows, y):
-    left, right, index = node.factors(e, x_md.dtype)
-    kept = node.kept_rows(e, x_md.dtype)
-
-    def block(first, left_over, size, y):
-      at, own = grouped.block_of(first, left_over, size, m)
-      x = jax.lax.dynamic_slice_in_dim(x_md, at, size)
-      low = dot(x, left, (((1,), (0,)), ((), ()))).astype(x.dtype)
-      made = dot(low, right, (((1,), (0,)), ((), ())))
-      more = dot(x, kept, (((1,), (1,)), ((), ())))
-      made = made.at[:, index].add(more, mode='drop')
-      made = jnp.where(own, made.astype(y.dtype), jax.lax.dynamic_slice_in_dim(y, at, size))
-      return jax.lax.dynamic_update_slice_in_dim(y, made, at, 0)
-
-    return grouped.loop_over_blocks(start, rows, buckets, block, y)
-
-  return grouped.loop_over_experts(
-      group_sizes_e, expert, jnp.zeros((m, node.shape[2]), x_md.dtype)
-  )
+  """See `kernels_pallas.lowrank_sparse_matmul`; kept columns that are a node go by their own."""
+  left, right, index = (jnp.asarray(a) for a in (node.left, node.right, node.index))
+  if not isinstance(node.kept, weights.WeightNode):
+    return low_rank_sparse.lowrank_sparse_matmul(
+        x_md, left, right, jnp.asarray(node.kept), index, group_sizes_e
+    )
+  low_mr = expert_dot.expert_dot(x_md, left, group_sizes_e)
+  kept_ms = compressed_expert_dot(x_md, node.kept, group_sizes_e)
+  return low_rank_sparse.expand(low_mr, kept_ms, right, index, group_sizes_e)
 
 
 def ternary_matvec(x_d: jax.Array, node: weights.Ternary, expert: jax.Array) -> jax.Array:

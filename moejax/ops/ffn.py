@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 import functools
+import math
 from typing import Any
 
 import jax
@@ -11,9 +12,15 @@ from moejax.config import Act, Activation
 from moejax.ops.expert_dot import expert_dot
 from moejax.ops.linear import linear
 
+
+def _gelu(x: jax.Array) -> jax.Array:
+  """By erf as in PyTorch, which TPU kernels have; `jax.nn.gelu` goes by erfc, which they lack."""
+  return x * (0.5 * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))).astype(x.dtype)
+
+
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     'relu': jax.nn.relu,
-    'gelu': functools.partial(jax.nn.gelu, approximate=False),
+    'gelu': _gelu,
     'gelu_new': functools.partial(jax.nn.gelu, approximate=True),
     'silu': jax.nn.silu,
     'drelu': jax.nn.relu,

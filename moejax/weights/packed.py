@@ -1,4 +1,4 @@
-"""Packed: 2-, 3- and 4-bit weights with a scale and a zero for each output unit or group."""
+"""Packed: 2-, 3-, 4- and 8-bit weights with a scale and a zero for each output unit or group."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from moejax.codec import packing
+from kernels_pallas.packed_matmul import layout
 from moejax.errors import UserError
 from moejax.weights import base
 
@@ -20,9 +20,9 @@ class Packed(base.WeightNode):
   """Weights scale * (symbol - zero), symbols in 0 .. 2^width - 1.
 
   Attributes:
-    words: uint32 [e, w, rows], see `codec.packing`.
+    words: uint32 [e, w, rows], see `kernels_pallas.packed_matmul.layout`.
     scale, zero: bf16 or float32 [e, rows, groups]; group j covers inputs j * group_size and on.
-    cols: d. width: bits of a symbol, 2, 3 or 4.
+    cols: d. width: bits of a symbol, 2, 3, 4 or 8.
     group_size: inputs that share scale and zero; 0 for the whole row.
     single: whether the weight is [d, f], with e = 1.
   """
@@ -52,7 +52,7 @@ class Packed(base.WeightNode):
       symbols: integers [e, rows, cols] or [rows, cols] in 0 .. 2^bits - 1.
       scale, zero: [e, rows, groups] ([rows, groups]), or without the last axis for whole rows;
         rounded to level_dtype.
-      bits: 2, 3 or 4.
+      bits: 2, 3, 4 or 8.
       group_size: inputs that share a scale; 0 for the whole row.
       level_dtype: bfloat16, float16 or float32.
 
@@ -61,9 +61,9 @@ class Packed(base.WeightNode):
     """
     symbols, single = base.rows_symbols(symbols)
     e, rows, cols = symbols.shape
-    base.require(bits in packing.FIELDS, f'bits = {bits!r}: one of 2, 3, 4')
+    base.require(bits in layout.FIELDS, f'bits = {bits!r}: one of 2, 3, 4, 8')
     levels = [np.asarray(a) for a in (scale, zero)]
-    groups = _groups(cols, group_size)
+    groups = layout.groups(cols, group_size)
     for name, a in zip(('scale', 'zero'), levels):
       base.require(
           a.size == e * rows * groups,
@@ -71,7 +71,7 @@ class Packed(base.WeightNode):
           f'{[e, rows, groups]}',
       )
     try:
-      words = packing.pack(symbols.swapaxes(1, 2), bits)
+      words = layout.pack(symbols.swapaxes(1, 2), bits)
     except ValueError as error:
       raise UserError(str(error)) from error
     scale, zero = (a.reshape(e, rows, groups).astype(level_dtype) for a in levels)
@@ -82,9 +82,14 @@ class Packed(base.WeightNode):
     node.validate()
     return node
 
+  @staticmethod
+  def words_per_column(cols: int, bits: int) -> int:
+    """uint32 words of one output unit."""
+    return layout.words_per_column(cols, bits)
+
   def symbols(self) -> np.ndarray:
     """The symbols again, uint8 [e, rows, cols] or [rows, cols]."""
-    out = packing.unpack(np.asarray(self.words), self.cols, self.width)
+    out = layout.unpack(np.asarray(self.words), self.cols, self.width)
     out = out.astype(np.uint8).swapaxes(1, 2)
     return out[0] if self.single else out
 
@@ -94,16 +99,16 @@ class Packed(base.WeightNode):
 
   def validate(self) -> None:
     base.require(
-        self.width in packing.FIELDS, f'Packed.width = {self.width!r}: one of 2, 3, 4'
+        self.width in layout.FIELDS, f'Packed.width = {self.width!r}: one of 2, 3, 4, 8'
     )
     base.require(
         self.cols >= 1 and self.group_size >= 0,
         f'Packed: cols = {self.cols}, group_size = {self.group_size}',
     )
-    words = packing.words_per_column(self.cols, self.width)
+    words = layout.words_per_column(self.cols, self.width)
     base.require_array(self, 'words', (np.uint32,), (None, words, None))
     e, _, rows = self.words.shape
-    groups = _groups(self.cols, self.group_size)
+    groups = layout.groups(self.cols, self.group_size)
     for name in ('scale', 'zero'):
       base.require_array(self, name, base.LEVEL_DTYPES, (e, rows, groups))
     base.require(e >= 1 and (e == 1 or not self.single), f'Packed holds {e} experts')
@@ -116,19 +121,13 @@ class Packed(base.WeightNode):
     A traced `first`, and then `count`, are multiples of 32.
     """
     pick = lambda a: jax.lax.dynamic_index_in_dim(jnp.asarray(a), i, 0, keepdims=False)
-    symbols = packing.piece(pick(self.words), self.cols, self.width, first, count)
-    scale, zero = (pick(a).astype(jnp.float32).T for a in (self.scale, self.zero))
-    if self.group_size:
-      group = (first + jnp.arange(count)) // self.group_size
-      scale, zero = scale[group], zero[group]
-    return (scale * (symbols.astype(jnp.float32) - zero)).astype(dtype)
+    return layout.inputs_at(
+        pick(self.words), pick(self.scale), pick(self.zero), self.cols, self.width,
+        self.group_size, first, count, dtype,
+    )
 
   def expert(self, i: jax.Array | int, dtype: Any) -> jax.Array:
     return self.inputs_at(i, 0, self.cols, dtype)
 
   def expert_rows(self, i: jax.Array | int, dtype: Any) -> jax.Array:
     return self.expert(i, dtype).T
-
-
-def _groups(cols: int, group_size: int) -> int:
-  return -(-cols // group_size) if group_size else 1

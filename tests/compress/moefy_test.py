@@ -63,11 +63,8 @@ def name(value):
 
 
 @pytest.mark.long(but=(
-    't5-default',
-    'bert-cosine_True_True',
-    'llama-shared_0.3333333333333333_representatives',
+    'bert-cosine_True_True', 'llama-shared_0.3333333333333333_representatives',
     'opt-random_oracle',
-    'llama_biased-random_True_True',
 ))
 @pytest.mark.parametrize('family, way', ALL, ids=name)
 def test_all_experts_are_the_dense_layer_and_some_are_what_the_report_says(family, way):

@@ -149,6 +149,10 @@ def check_routers(model, output, expected):
       assert_close(routing.logits_me, theirs.numpy().reshape(routing.logits_me.shape))
 
 
+@pytest.mark.long(but=(
+    'every_second', 'all_sparse', 'untied', 'capacity_drops', 'router_bias', 'odd_steps',
+    'one_expert',
+))
 @pytest.mark.parametrize('name', SWITCH)
 def test_switch_models_agree_both_ways(name, tmp_path):
   hf = build('switch', name)

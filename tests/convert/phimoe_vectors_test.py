@@ -112,6 +112,7 @@ def recorded_draws():
   }
 
 
+@pytest.mark.long(but=('jit05',))
 @pytest.mark.parametrize('case', ['jit05', 'train'])
 def test_gradients(case, model_of):
   """Ours, written through the rules to Hugging Face's names and axes, are the recorded ones."""

@@ -80,13 +80,34 @@ def test_what_was_done_before_the_kill_was_kept(finished):
   assert done.stderr.count('kept from last time') == len(before)
 
 
-@pytest.mark.once
+@pytest.mark.long
 def test_a_rerun_takes_everything_from_the_cache(finished):
   flags, workdir, done, _ = finished
+  check_rerun(flags, workdir, done, ROWS)
+
+
+@pytest.mark.once
+def test_one_row_alone_and_again_from_the_cache(tmp_path):
+  flags = {**common.make_checkpoint(tmp_path), 'workdir': str(tmp_path / 'run'), 'rows': 'qmoe'}
+  done = common.run('demo', **flags)
+  assert done.returncode == 0, done.stderr
+  rows = ['bf16', 'qmoe']
+  values = common.read(tmp_path / 'run' / 'report.json')
+  assert [v['key'] for v in values['variants']] == rows and values['headline'] == 'qmoe'
+  assert 'QMoE ternary' in (tmp_path / 'run' / 'report.html').read_text()
+  check_rerun(flags, tmp_path / 'run', done, rows)
+
+
+def test_a_row_that_is_not_there_is_one_line():
+  with pytest.raises(UserError, match=r"no row 'rnt': bf16, rtn, .*did you mean 'rtn'"):
+    demo_steps.recipes(('qmoe', 'rnt'))
+
+
+def check_rerun(flags, workdir, done, rows):
   models = {p: p.stat().st_mtime_ns for p in workdir.rglob('*.safetensors')}
   again = common.run('demo', **flags)
   assert again.returncode == 0, again.stderr
-  assert again.stderr.count('kept from last time') == 2 * len(ROWS) + 1
+  assert again.stderr.count('kept from last time') == 2 * len(rows) + 1
   assert {p: p.stat().st_mtime_ns for p in workdir.rglob('*.safetensors')} == models
   table = lambda text: [line for line in text.splitlines() if 'QMoE' in line]
   assert table(again.stdout) == table(done.stdout) and table(done.stdout)

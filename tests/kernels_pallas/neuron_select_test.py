@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.neuron_select import api, cases, ref, vjp
+from kernels_pallas.neuron_select import api, cases, ref, tpu, vjp
 
 ACTS = {'relu': jax.nn.relu, 'silu': lambda wi, gate: jax.nn.silu(gate) * wi}
 
@@ -39,6 +39,10 @@ def by_loops(x, experts, chosen, act):
   return out
 
 
+@pytest.mark.long(but=(
+    *(f'relu-False-False-{name}' for name in ('one_token', 'nothing_chosen', 'an_idle_token')),
+    *(f'silu-True-True-{name}' for name in ('few_tokens', 'everything_chosen', 'tails', 'narrow')),
+))
 @pytest.mark.parametrize('case', cases.CHECKED, ids=lambda c: c.name)
 @pytest.mark.parametrize('act, gated, biased', [('relu', False, False), ('silu', True, True)])
 def test_every_path_is_the_loop(case, act, gated, biased):
@@ -116,3 +120,68 @@ def test_no_token_and_wrong_shapes():
 
 def test_cost():
   assert api.cost(2, 8, 4, 3, 6, gated=True, itemsize=4) == (4 * (3 * 3 * 32 + 32), 2 * 3 * 6 * 32)
+
+
+@pytest.mark.parametrize('case', cases.CHECKED, ids=lambda c: c.name)
+@pytest.mark.parametrize('act, gated, biased', [('relu', False, False), ('silu', True, True)])
+def test_the_tpu_kernel_is_the_loop(case, act, gated, biased):
+  x, experts, chosen = problem(case, gated, biased)
+  refused = tpu.supports(case.m, case.d, case.f, case.e, x.dtype, gated=gated)
+  if case.m > tpu.MOST_ROWS:
+    assert f'{case.m} tokens' in refused
+    return
+  assert refused == ''
+  got = tpu.neuron_select(x, experts, jnp.asarray(chosen), ACTS[act], interpret=True)
+  np.testing.assert_allclose(got, by_loops(x, experts, chosen, ACTS[act]), atol=2e-5)
+
+
+@pytest.mark.parametrize('f', (256, 300), ids=('in_whole_pieces', 'with_a_tail'))
+def test_the_tpu_kernel_takes_an_expert_in_pieces(f, monkeypatch):
+  """What lies past the weights' end is NaN in interpret mode, as anything may be on a chip."""
+  monkeypatch.setattr(tpu, 'STEP_BYTES', 1)
+  x, experts, chosen = problem(cases.Case('', 5, 7, 24, f, 0.3), gated=True, biased=True)
+  assert tpu.width(24, f, 3, 4) == 128
+  got = tpu.neuron_select(x, experts, jnp.asarray(chosen), ACTS['silu'], interpret=True)
+  np.testing.assert_allclose(got, by_loops(x, experts, chosen, ACTS['silu']), atol=4e-5)
+
+
+def test_the_tpu_kernel_keeps_bfloat16_and_takes_float32_weights():
+  x, experts, chosen = problem(cases.Case('', 3, 5, 32, 16, 0.4), dtype=jnp.bfloat16)
+  want = by_loops(x, experts, chosen, jax.nn.relu)
+  for held in (jnp.bfloat16, np.float32):
+    own = {name: w.astype(held) for name, w in experts.items()}
+    got = tpu.neuron_select(x, own, jnp.asarray(chosen), jax.nn.relu, interpret=True)
+    assert got.dtype == jnp.bfloat16
+    assert np.abs(np.asarray(got, np.float32) - want).max() < 0.01 * np.abs(want).max()
+
+
+def test_an_idle_tokens_rows_do_not_reach_the_others():
+  """Nor do experts that nobody chose, whatever is in them."""
+  x, experts, chosen = problem(cases.Case('', 6, 5, 32, 16, 0.4), biased=True)
+  chosen[2], chosen[:, 3] = False, False
+  want = by_loops(x, experts, chosen, jax.nn.relu)
+  x[2] = np.nan
+  experts = {name: np.where(np.arange(5).reshape(-1, *[1] * (w.ndim - 1)) == 3, np.nan, w)
+             for name, w in experts.items()}
+  got = tpu.neuron_select(x, experts, jnp.asarray(chosen), jax.nn.relu, interpret=True)
+  np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_the_kernel_says_what_it_does_not_take():
+  says = lambda *a, gated=False, **k: tpu.supports(*a, gated=gated, **k)
+  assert says(1, 24, 40, 2, jnp.float32) == ''
+  assert 'x is float16' in says(1, 24, 40, 2, jnp.float16)
+  assert 'wi is int8' in says(1, 24, 40, 2, jnp.float32, weight_dtype=jnp.int8)
+  assert 'm = 0' in says(0, 24, 40, 2, jnp.float32)
+  assert 'vector memory' in says(256, 16384, 4096, 8, jnp.float32, gated=True)
+
+
+def test_only_a_tpu_gets_the_kernel_and_only_for_few_tokens():
+  for tokens, kernel in ((4, True), (300, False)):
+    x, experts, chosen = problem(cases.Case('', tokens, 6, 32, 16, 0.3))
+    run = jax.jit(lambda x, w, c: api.neuron_select(x, w, c, jax.nn.relu))
+    traced = run.trace(x, experts, chosen)
+    texts = {p: traced.lower(lowering_platforms=(p,)).as_text() for p in ('tpu', 'cuda', 'cpu')}
+    assert {p: 'tpu_custom_call' in text for p, text in texts.items()} == {
+        'tpu': kernel, 'cuda': False, 'cpu': False,
+    }

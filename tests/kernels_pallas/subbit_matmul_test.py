@@ -70,7 +70,9 @@ def check(product, case, levels, dtype):
 
 
 @pytest.mark.long(but=(
-    *(f'ref-2_float32-{case.name}' for case in cases.CHECKED if case.name != 'five_tiles'),
+    *(f'ref-2_float32-{name}' for name in (
+        'one_weight', 'no_rows', 'empty_groups', 'dense_of_4', 'many_zeros',
+    )),
     'ref-1_bfloat16-tails', 'gpu-2_float32-tails', 'gpu-1_bfloat16-two_strips',
 ))
 @CASES

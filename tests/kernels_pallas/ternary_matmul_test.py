@@ -39,6 +39,11 @@ def product64(case, x, signs, levels):
   return y
 
 
+@pytest.mark.long(but=(
+    *(f'float32-{name}-{case.name}' for name in ('ref', 'tpu') for case in cases.CHECKED),
+    'float32-gpu-tails', 'bfloat16-ref-tails', 'bfloat16-gpu-all_zero', 'bfloat16-tpu-tails',
+    'bfloat16-tpu-empty_groups',
+))
 @CASES
 @pytest.mark.parametrize('name', PRODUCTS)
 @pytest.mark.parametrize('dtype', (jnp.float32, jnp.bfloat16), ids=lambda d: jnp.dtype(d).name)
@@ -55,6 +60,7 @@ def test_product(name, case, dtype):
   )
 
 
+@pytest.mark.long(but=('ref-tails', 'gpu-dense', 'tpu-one_weight', 'tpu-tails', 'tpu-many_inputs'))
 @CASES
 @pytest.mark.parametrize('name', PRODUCTS)
 def test_one_level_is_two_of_its_size(name, case):

@@ -118,7 +118,7 @@ def test_saved_loaded_and_generated_from(merged, tmp_path):
   assert [list(row) for row in ours.tokens] == [list(row) for row in theirs.tokens]
 
 
-@pytest.mark.long(but=('decoder',))
+@pytest.mark.long
 def test_it_can_be_quantized_behind_its_map(merged):
   kind, model = merged
   rng = np.random.default_rng(2)

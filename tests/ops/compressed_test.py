@@ -1,5 +1,6 @@
 """expert_dot on weight nodes: dense results, gradients, and one expert's memory."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -38,6 +39,19 @@ def make(name):
   if name == 'packed':
     scale = levels()[..., 1] / 4
     return weights.Packed.from_symbols(symbols(high=8), scale, np.full_like(scale, 3), bits=3)
+  if name.startswith('low_rank'):
+    rng = np.random.default_rng(2)
+    draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+    keep = rng.random((E, ROWS)) < np.array([0, 0.1, 0.2, 0.3, 0.4, 0.5])[:, None]
+    node = weights.LowRankSparse.from_dense(
+        draw(E, COLS, 4), draw(E, 4, ROWS), draw(E, COLS, ROWS), keep
+    )
+    if name.endswith('sparse'):
+      return node
+    kept = symbols((E, node.index.shape[1], COLS))
+    return dataclasses.replace(
+        node, kept=weights.PackedTernary.from_symbols(kept, levels(kept.shape[:2]))
+    )
   parts = [make('ternary'), make('packed')]
   parts = [jax.tree.map(lambda a: a[:2], parts[1]), weights.Ternary.from_symbols(
       symbols()[:3], levels()[:3]
@@ -47,7 +61,7 @@ def make(name):
 
 each_node = pytest.mark.parametrize('name', [
     'ternary', 'ternary_v1', 'packed', 'packed_ternary_one', 'packed_ternary_two', 'block_ternary',
-    'mixed',
+    'low_rank_sparse', 'low_rank_ternary', 'mixed',
 ])
 
 
@@ -71,7 +85,7 @@ def test_it_lowers_for_accelerators(name, platform):
   sizes = jnp.asarray([3, 0, 5, 1, 0, 7], jnp.int32)
   traced = jax.jit(expert_dot).trace(jnp.ones((16, COLS)), make(name), sizes)
   text = traced.lower(lowering_platforms=(platform,)).as_text()
-  own_kernel = platform == 'tpu' and name.startswith(('packed_ternary', 'block_ternary'))
+  own_kernel = platform == 'tpu' and name.startswith(('packed', 'block_ternary', 'low_rank'))
   assert ('tpu_custom_call' in text) == own_kernel
 
 

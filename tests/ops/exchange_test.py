@@ -53,7 +53,6 @@ one_device = functools.cache(functools.partial(run, None, None))
     'False-0.0-shape0',
     'True-0.0-shape2',
     'False-None-shape3',
-    'True-None-shape1',
     'False-0.0-shape4',
 ))
 @pytest.mark.parametrize('shape', [(1, 8, 1), (2, 4, 1), (2, 2, 2), (8, 1, 1), (1, 1, 4)])

@@ -1,9 +1,9 @@
-"""2-, 3- and 4-bit symbols of a matrix packed into 32-bit words along its inputs.
+"""2-, 3-, 4- and 8-bit symbols of a matrix packed into 32-bit words along its inputs.
 
 A width is split into fields that divide 32: 2 bits are one field of 2, 4 one of 4, 3 a field of 2
-(low bits) and one of 1. The words of one field follow those of the field before; within a word the
-first input has the lowest bits; each field ends a column on a word border. Words of neighbouring
-outputs lie side by side, so that one shift unpacks a row of many outputs.
+(low bits) and one of 1, 8 two of 4. The words of one field follow those of the field before; within
+a word the first input has the lowest bits; each field ends a column on a word border. Words of
+neighbouring outputs lie side by side, so that one shift unpacks a row of many outputs.
 
 Works on NumPy and JAX arrays alike; `unpack` is jit-able.
 """
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-FIELDS: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,)}
+FIELDS: dict[int, tuple[int, ...]] = {2: (2,), 3: (2, 1), 4: (4,), 8: (4, 4)}
 
 
 def words_per_column(inputs: int, bits: int) -> int:
@@ -69,3 +69,24 @@ def piece(words: Any, inputs: int, bits: int, first: Any, count: int) -> Any:
     total = values if total is None else total | values
     begin, done = begin + -(-inputs // per_word), done + field
   return total
+
+
+def groups(inputs: int, group_size: int) -> int:
+  """Groups of inputs that share a scale; one where group_size is 0."""
+  return -(-inputs // group_size) if group_size else 1
+
+
+def inputs_at(
+    words_wf: jax.Array, scale_fg: jax.Array, zero_fg: jax.Array, inputs: int, bits: int,
+    group_size: int, first: Any, count: int, dtype: Any,
+) -> jax.Array:
+  """Weights scale (symbol - zero) of the inputs first .. first + count - 1, [count, f].
+
+  A traced `first`, and then `count`, are multiples of 32.
+  """
+  symbols = piece(words_wf, inputs, bits, first, count)
+  scale, zero = (a.astype(jnp.float32).T for a in (scale_fg, zero_fg))
+  if group_size:
+    group = (first + jnp.arange(count)) // group_size
+    scale, zero = scale[group], zero[group]
+  return (scale * (symbols.astype(jnp.float32) - zero)).astype(dtype)
