@@ -101,10 +101,8 @@ def _kernel(
   sum_ref[...] += _dot(hidden.astype(x_ref.dtype), wo)
 
   if 'wo_bias' in own:
-
-    @pl.when(piece == 0)
-    def _():
-      sum_ref[...] += mine * own['wo_bias'][...].astype(jnp.float32)
+    once = jnp.where(piece == 0, mine, 0.0)
+    sum_ref[...] += once * own['wo_bias'][...].astype(jnp.float32)
 
   @pl.when((visit == pl.num_programs(0) - 1) & (piece == pl.num_programs(1) - 1))
   def _():
