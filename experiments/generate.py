@@ -9,6 +9,7 @@ Example:
 """
 
 from collections.abc import Iterator
+import dataclasses
 import json
 import sys
 import time
@@ -19,7 +20,7 @@ import jax
 import numpy as np
 
 from experiments import flags as common
-from moejax import convert, files, generate
+from moejax import convert, files, generate, weights
 from moejax.config import StackConfig
 from moejax.data import layout
 from moejax.data import tokenizer as tokenizer_lib
@@ -39,6 +40,11 @@ _STOP = flags.DEFINE_multi_string(
 )
 _SEED = flags.DEFINE_integer('seed', 0, 'Seed of the draws.')
 _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16'], 'Of activations and cache.')
+_TERNARY = flags.DEFINE_enum(
+    'ternary', 'as_stored', ['as_stored', 'two_bit', 'sub_bit'],
+    'Code of ternary weights in memory: two_bit is quicker and thrice the size, sub_bit what the '
+    'TPU kernel below one bit decodes.'
+)
 _JSON = flags.DEFINE_bool('json', False, 'Print one JSON object a prompt.')
 
 
@@ -113,6 +119,21 @@ def print_row(prompt: str, ids: list[int], stopped: bool, text: str) -> None:
     print(f'{prompt}\n{text}\n')
 
 
+def recoded(model: Model, code: str) -> Model:
+  """The model with its ternary weights in a code; the weights are the same ones.
+
+  Raises:
+    UserError: it has no ternary weights.
+  """
+  if code == 'as_stored':
+    return model
+  params = {'two_bit': weights.two_bit, 'sub_bit': weights.sub_bit}[code](model.params)
+  nodes = jax.tree.leaves(params, is_leaf=lambda leaf: isinstance(leaf, weights.WeightNode))
+  if not any(isinstance(n, weights.PackedTernary | weights.BlockTernary) for n in nodes):
+    raise UserError(f'--ternary {code}: the model has no ternary weights; leave it out')
+  return dataclasses.replace(model, params=params)
+
+
 def main() -> None:
   common.require('model')
   if not _PROMPT.value:
@@ -121,7 +142,7 @@ def main() -> None:
   tokenizer = tokenizer_lib.load(folder)
   model = convert.load(folder)
   layout.check_tokenizer(model.config, tokenizer)
-  run(model, tokenizer)
+  run(recoded(model, _TERNARY.value), tokenizer)
 
 
 if __name__ == '__main__':

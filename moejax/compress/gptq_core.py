@@ -34,7 +34,7 @@ _einsum = functools.partial(jnp.einsum, precision='highest')
 class Quantized(NamedTuple):
   """What GPTQ, or rounding, makes of e matrices.
 
-  symbols: int8 [e, d, f]. grid: its levels, [e, 1, f], or [e, groups, f] with groups of inputs.
+  symbols: uint8 [e, d, f]. grid: its levels, [e, 1, f], or [e, groups, f] with groups of inputs.
   values: float32 [e, d, f], what the symbols stand for. damped_error: float32 [e, f],
   (w - q)^T (H + lambda I) (w - q) of each output. fallback: bool [e], True where H could not be
   factorised, so that the matrix was rounded. damping: float32 [e], lambda.
@@ -142,12 +142,12 @@ def sweep_block(carried_ebf, w_ebf, m_ebb, weight_eb, flat_grid):
       own_diffs = update(own_diffs, (_at(w, j, 1) - q)[:, None], j, axis=1)
       return own_diffs, update(own_symbols, symbol[:, None], j, axis=1), error
 
-    own = (jnp.zeros((e, sub, f), jnp.float32), jnp.zeros((e, sub, f), jnp.int8))
+    own = (jnp.zeros((e, sub, f), jnp.float32), jnp.zeros((e, sub, f), jnp.uint8))
     own_diffs, own_symbols, error = jax.lax.fori_loop(0, sub, column, (*own, error))
     symbols = update(symbols, own_symbols, start, axis=1)
     return update(diffs, own_diffs, start, axis=1), symbols, error
 
-  init = (jnp.zeros_like(w_ebf), jnp.zeros(w_ebf.shape, jnp.int8), jnp.zeros((e, f), jnp.float32))
+  init = (jnp.zeros_like(w_ebf), jnp.zeros(w_ebf.shape, jnp.uint8), jnp.zeros((e, f), jnp.float32))
   diffs, symbols, error = jax.lax.fori_loop(0, (size + pad) // sub, strip, init)
   return diffs[:, :size], symbols[:, :size], error
 
@@ -192,7 +192,7 @@ def _halves(state, fixed, start, size, block_size):
 def sweep_factored(
     w_edf: jax.Array, r_edd: jax.Array, grid: grids_core.Grid, *, block_size: int = 128
 ) -> tuple[jax.Array, jax.Array]:
-  """GPTQ with a factor in hand: symbols int8 [e, d, f] and the damped error [e, f].
+  """GPTQ with a factor in hand: symbols uint8 [e, d, f] and the damped error [e, f].
 
   Args:
     w_edf: weights; r_edd: from `factor`; grid: levels [e, 1, f], shared by all inputs.
@@ -202,7 +202,7 @@ def sweep_factored(
   m, diag = feedback(r_edd)
   inputs = w.shape[1]
   state = jnp.array(w, copy=True)
-  symbols = jnp.zeros(w.shape, jnp.int8)
+  symbols = jnp.zeros(w.shape, jnp.uint8)
   error = jnp.zeros((w.shape[0], w.shape[2]), jnp.float32)
   _, symbols, error = _halves((state, symbols, error), (w, m, diag, grid), 0, inputs, block_size)
   return symbols, error
@@ -249,7 +249,7 @@ def gptq(
   Args:
     w_edf: [e, d, f] weights, d inputs and f outputs.
     h_edd: [e, d, d] Hessians, undamped.
-    bits: 'ternary', 2, 3 or 4.
+    bits: 'ternary', 2, 3, 4 or 8.
     damping: share of the mean diagonal added to it (QMoE 0.1, GPTQ 0.01), at least 1e-6.
     block_size: inputs swept between matmuls.
     act_order: sweep the inputs by falling diagonal of H; symbols come back in the given order.

@@ -1,4 +1,4 @@
-"""Quantization grids of QMoE (arXiv 2310.16795, section 3.1): ternary and 2, 3, 4 bit, per output.
+"""Quantization grids of QMoE (arXiv 2310.16795, section 3.1): ternary, 2, 3, 4, 8 bit, per output.
 
 Weights lie as `w_edf`: experts, inputs of the matrix, outputs of the matrix. An output is what the
 paper calls a row; each has one grid, found from the largest and smallest of its d weights.
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from moejax.errors import UserError
 
-BITS = ('ternary', 2, 3, 4)
+BITS = ('ternary', 2, 3, 4, 8)
 
 
 @jax.tree_util.register_dataclass
@@ -29,9 +29,9 @@ class TernaryGrid:
   threshold: Any
 
   def symbols(self, x: jax.Array) -> jax.Array:
-    """Nearest symbols, int8, of weights that broadcast against the levels."""
+    """Nearest symbols, uint8, of weights that broadcast against the levels."""
     one = jnp.where(x < self.threshold * self.low, 1, 0)
-    return jnp.where(x > self.threshold * self.high, 2, one).astype(jnp.int8)
+    return jnp.where(x > self.threshold * self.high, 2, one).astype(jnp.uint8)
 
   def values(self, symbols: jax.Array) -> jax.Array:
     """The levels that symbols stand for, float32."""
@@ -52,10 +52,10 @@ class AffineGrid:
   max_symbol: int = dataclasses.field(metadata={'static': True})
 
   def symbols(self, x: jax.Array) -> jax.Array:
-    """Nearest symbols, int8, of weights that broadcast against the levels."""
+    """Nearest symbols, uint8, of weights that broadcast against the levels."""
     # A full-size divisor: XLA turns division by a broadcast into a product, and ties go astray.
     scale = jnp.where(x == x, self.scale, 1.0)
-    return jnp.clip(jnp.round(x / scale) + self.zero, 0, self.max_symbol).astype(jnp.int8)
+    return jnp.clip(jnp.round(x / scale) + self.zero, 0, self.max_symbol).astype(jnp.uint8)
 
   def values(self, symbols: jax.Array) -> jax.Array:
     """The levels that symbols stand for, float32."""
@@ -77,7 +77,7 @@ def find_grid(
 
   Args:
     w_edf: [..., d, f] weights, any float dtype.
-    bits: 'ternary', 2, 3 or 4.
+    bits: 'ternary', 2, 3, 4 or 8.
     symmetric: whether both sides share one magnitude.
     grid_scale: factor on the range, a number or an array that broadcasts to [..., 1, 1].
     threshold: the share of a ternary level over which a weight rounds to it, as grid_scale.

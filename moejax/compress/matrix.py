@@ -21,7 +21,7 @@ from moejax.compress import (
 )
 from moejax.errors import UserError, did_you_mean
 
-_LADDER: tuple[str | int, ...] = ('ternary', 2, 3, 4)
+_LADDER: tuple[str | int, ...] = ('ternary', 2, 3, 4)  # Of a matrix that loses too much.
 _CHOICES = {
     'method': ('gptq', 'rtn'), 'storage': ('moejax', 'qmoe_v1', 'dense'),
     'level_dtype': ('bfloat16', 'float32', 'weights'),
@@ -73,8 +73,8 @@ class Settings:
   max_error: float | None = None
 
   def __post_init__(self):
-    if self.bits not in _LADDER:
-      raise UserError(f'bits = {self.bits!r}: one of {_LADDER}')
+    if self.bits not in grids_core.BITS:
+      raise UserError(f'bits = {self.bits!r}: one of {grids_core.BITS}')
     for name, known in _CHOICES.items():
       value = str(getattr(self, name))
       if value not in known:
@@ -84,7 +84,7 @@ class Settings:
     if self.group_size is not None and self.bits == 'ternary' and self.storage != 'dense':
       raise UserError(
           f'group_size = {self.group_size} with ternary bits: the ternary formats hold one pair of '
-          'levels an output; use 2, 3 or 4 bits, or storage dense'
+          'levels an output; use 2, 3, 4 or 8 bits, or storage dense'
       )
     if self.group_size is not None and self.act_order and self.storage != 'dense':
       raise UserError(
@@ -275,9 +275,9 @@ def quantize_matrices(
   total = np.maximum(np.asarray(hessian_core.quadratic(h_edd, w).sum(1)), 1e-30)
   e = w.shape[0]
   pending = np.arange(e)
-  rungs = _LADDER[_LADDER.index(settings.bits) :] if settings.max_error is not None else (
-      settings.bits,
-  )
+  rungs: tuple[str | int, ...] = (settings.bits,)
+  if settings.max_error is not None and settings.bits in _LADDER:
+    rungs = _LADDER[_LADDER.index(settings.bits) :]
   out: list[parts.Part] = []
   rows: dict[int, dict[str, Any]] = {}
   tried: dict[int, list[Any]] = {i: [] for i in range(e)}

@@ -22,7 +22,7 @@ _ROWS = 2048
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Quantize(base.Transform):
-  """Expert weights to ternary, 2, 3 or 4 bits; make one with `quantize` or `qmoe`."""
+  """Expert weights to ternary, 2, 3, 4 or 8 bits; make one with `quantize` or `qmoe`."""
 
   matrix: matrix.Settings
   true_sequential: bool
@@ -189,7 +189,7 @@ def quantize(
   """Quantizes the experts of a mixture of experts, layer by layer, with its own inputs (QMoE).
 
   Args:
-    bits: 'ternary' (below one bit a weight as stored), 2, 3 or 4.
+    bits: 'ternary' (below one bit a weight as stored), 2, 3, 4 or 8.
     method: 'gptq', or 'rtn' for plain rounding.
     damping: share of the Hessian's mean diagonal that GPTQ adds to it (QMoE section 4: 0.1).
     block_size: inputs swept between matmuls; matters only with group_size.

@@ -192,10 +192,11 @@ def test_nothing_passes_keeps_bfloat16():
     '4-moejax-gptq-8',
     '2-dense-gptq-None',
     'ternary-dense-gptq-8',
-    '2-moejax-gptq-None',
+    '8-moejax-gptq-None',
 ))
 @pytest.mark.parametrize('transform', [
     quantize.qmoe(), quantize.quantize(2), quantize.quantize(3, act_order=True),
+    quantize.quantize(8),
     quantize.quantize(4, group_size=8), quantize.quantize(2, storage='dense'),
     quantize.quantize(storage='dense', group_size=8, act_order=True),
     quantize.quantize(method='rtn', refit=False), quantize.quantize(3, symmetric=True),

@@ -142,7 +142,7 @@ def test_a_hessian_that_is_not_finite_falls_back_alone(small, poison):
   np.testing.assert_array_equal(out.symbols[0], clean.symbols[0])
 
 
-@pytest.mark.parametrize('bits', ['ternary', 2, 3, 4])
+@pytest.mark.parametrize('bits', ['ternary', 2, 3, 4, 8])
 def test_gptq_trades_weight_error_for_output_error(bits):
   keys = jax.random.split(jax.random.key(1), 3)
   w = jax.random.normal(keys[0], (2, 80, 24))
@@ -153,6 +153,8 @@ def test_gptq_trades_weight_error_for_output_error(bits):
   output_error = lambda q: float(jnp.sum(hessian_core.quadratic(h, w - q.values)))
   assert weight_error(ours) > weight_error(rounded)
   assert output_error(ours) < 0.8 * output_error(rounded)
+  if bits == 8:
+    assert weight_error(rounded) < 1e-4 * float(jnp.sum(w**2)) and ours.symbols.max() == 255
 
 
 def test_damped_error_is_the_quadratic_form(small):

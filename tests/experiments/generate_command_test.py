@@ -8,11 +8,16 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
-from moejax import convert
+from experiments import generate as command
+from moejax import compress, convert, weights
+from moejax.compress.quantize import quantize
 from moejax.config import DecoderConfig, DecoderMoeConfig
 from moejax.data import tokenizer
+from moejax.errors import UserError
+from moejax.generate import generate
 from moejax.model import Model
 
 pytestmark = pytest.mark.once
@@ -72,3 +77,24 @@ def test_a_mistake_is_one_line(arguments, said, folder):
   assert done.returncode == 2 and done.stdout == ''
   (line,) = done.stderr.splitlines()
   assert line.startswith('error: ') and said in line
+
+
+def test_ternary_weights_are_the_same_in_every_code(folder):
+  model = convert.load(folder / 'ours')
+  with pytest.raises(UserError, match='--ternary two_bit: the model has no ternary weights'):
+    command.recoded(model, 'two_bit')
+  tokens = np.arange(2, 34, dtype=np.int32).reshape(2, 16)
+  batches = [{
+      'tokens': tokens, 'targets': tokens, 'weights': np.ones((2, 16), np.float32),
+      'segments': np.ones((2, 16), np.int32), 'positions': np.tile(np.arange(16), (2, 1)),
+  }]
+  small = compress.compress(model, quantize(method='rtn', refit=False), batches).model
+  prompt, texts = [[5, 7, 9]], {}
+  for code, node in (
+      ('as_stored', weights.Ternary), ('two_bit', weights.PackedTernary),
+      ('sub_bit', weights.BlockTernary),
+  ):
+    again = command.recoded(small, code)
+    assert isinstance(again.params['decoder']['layers_0']['ffn']['experts']['wi'], node)
+    texts[code] = np.asarray(generate(again, prompt, max_new_tokens=8).tokens).tolist()
+  assert texts['as_stored'] == texts['two_bit'] == texts['sub_bit']
