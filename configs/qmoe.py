@@ -8,7 +8,7 @@ Variants, after a colon (configs/qmoe.py:two_bit):
              weight in all, or as few as its metadata leaves
   published  as in the paper, in its file format; no refit
   rounded    ternary by plain rounding, for comparison
-  two_bit, three_bit, four_bit
+  two_bit, three_bit, four_bit, eight_bit
   gated      ternary; a matrix that loses over 30 % of its output takes 2, 3, 4 or 16 bits
 
 Any field can be set: --set matrix.damping=0.01 --set layers='decoder/.*'. Runs on a laptop for
@@ -29,6 +29,7 @@ VARIANTS = {
     'two_bit': lambda: quantize(2),
     'three_bit': lambda: quantize(3),
     'four_bit': lambda: quantize(4),
+    'eight_bit': lambda: quantize(8),
     'gated': lambda: quantize('ternary', max_error=0.3),
 }
 

@@ -67,7 +67,7 @@ def greedy(model, prompts, count, stops):
   return rows
 
 
-@pytest.mark.long(but=('switch', 'mixtral', 'window'))
+@pytest.mark.long(but=('switch', 'mixtral'))
 def test_greedy_is_a_full_forward_at_every_step(model):
   made = gen.generate(model, PROMPTS, max_new_tokens=9)
   stops = gen.stop_ids_of(model.config)
@@ -175,6 +175,7 @@ def test_other_numbers_need_no_other_program():
   assert (gen._start_decoder._cache_size(), gen._go_on._cache_size()) == compiled
 
 
+@pytest.mark.long(but=('switch', 'untied'))
 def test_bfloat16_cache_runs(model):
   made = gen.generate(model, PROMPTS, max_new_tokens=3, dtype=jnp.bfloat16)
   assert made.tokens.dtype == np.int32

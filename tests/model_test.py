@@ -119,6 +119,7 @@ def test_bfloat16_activations_keep_router_and_logits_in_float32():
   assert np.abs(np.asarray(out.logits_btv - exact)).mean() < 0.1
 
 
+@pytest.mark.long(but=('switch-2-4-1', 'switch-2-2-2', 't5-2-2-2', 't5-8-1-1'))
 @pytest.mark.parametrize('data, expert, tensor', [(8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2)])
 def test_sharded_forward_equals_one_device(built, data, expert, tensor):
   config, params = built

@@ -79,6 +79,9 @@ def test_the_python_of_the_readme_runs(tmp_path, monkeypatch):
   assert split.moe.selection.choices == (2,) and len(split.cuts.hidden_cut) == 2
 
 
+@pytest.mark.long(but=(
+    'experiments.train', 'experiments.compress', 'experiments.bench', 'experiments.pods',
+))
 @pytest.mark.parametrize('command', commands(), ids=lambda c: c.split()[2])
 def test_the_commands_of_the_readme_have_these_flags(command):
   python, _, module, *_ = command.split()

@@ -134,8 +134,6 @@ def test_dry_run_of_an_unknown_model(folder):
 
 
 @pytest.mark.long(but=(
-    "change0-did you mean 'ternary'",
-    'change3---calibration is missing',
     'change7-binary.txt is a binary file',
     "change8-unknown flag --calibation (did you mean 'calibration'?)",
 ))

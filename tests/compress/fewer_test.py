@@ -395,6 +395,7 @@ def test_it_must_have_experts_that_are_arrays():
     run('mixtral', moejax.prune('reap', experts=2), merged)
 
 
+@pytest.mark.long(but=('switch', 'grin', 'mixtral'))
 @pytest.mark.parametrize('family', FAMILIES)
 def test_an_expert_no_token_chose(family):
   """Its sums are 0, it is the first to go, and merging gives it no weight."""

@@ -215,6 +215,7 @@ def test_grin_files_are_phimoe_by_another_name(tmp_path):
   assert_close(run_ours(model, tokens()).logits_btv, run_torch(back, tokens()).logits)
 
 
+@pytest.mark.long(but=('phimoe', 'qwen3_moe_yarn', 'llama'))
 @pytest.mark.parametrize('name', [
     'phimoe', 'mixtral_window_wide_heads', 'olmoe', 'qwen2_moe_mixed', 'qwen3_moe_yarn', 'llama',
     'opt',

@@ -187,6 +187,10 @@ def test_published_v1_1_layout_of_transformers_4(tmp_path):
   assert not model.config.tie_embeddings and model.config.activation == 'gelu_new'
 
 
+@pytest.mark.long(but=(
+    'bin-switch-every_second', 'old_bin-switch-untied', 'sharded_bin-t5-v1_1',
+    'sharded_safetensors-switch-every_second', 'prefixed-switch-untied', 'old_bin-t5-v1_1',
+))
 @pytest.mark.parametrize(
     'family, name', [('switch', 'every_second'), ('switch', 'untied'), ('t5', 'v1_1')]
 )

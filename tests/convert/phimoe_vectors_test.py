@@ -76,6 +76,7 @@ def length_of(case):
   return 8 if case == 'longrope_short' else 12
 
 
+@pytest.mark.long(but=('base', 'longrope_short', 'padmask'))
 @pytest.mark.parametrize('case', [c for c in CASES if c != 'train'])
 def test_evaluation(case, model_of):
   model, recorded = model_of(case), arrays()

@@ -110,6 +110,7 @@ def test_a_full_disk_behind_the_output_is_one_line(flags):
   assert 'Traceback' not in done.stderr and 'Exception ignored' not in done.stderr
 
 
+@pytest.mark.long(but=('change1-no file matches no_such_text.txt',))
 @pytest.mark.parametrize('change, message', [
     ({'model': 'no/such/folder'}, 'no/such/folder does not exist'),
     ({'data': 'no_such_text.txt'}, 'no file matches no_such_text.txt'),

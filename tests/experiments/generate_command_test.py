@@ -65,6 +65,7 @@ def test_streamed_and_whole_text_are_one_in_both_kinds_of_folder(folder):
   assert one.stdout.strip() == rows[0]['text'].strip()
 
 
+@pytest.mark.long(but=("arguments0-model's context of 48", 'arguments4---prompt is missing'))
 @pytest.mark.parametrize('arguments, said', [
     (['--prompt', 'we', '--max_new_tokens', '60'], "model's context of 48"),
     (['--prompt', 'we', '--temperature', '-1'], 'temperature = -1.0: at least 0'),

@@ -59,12 +59,14 @@ def make(name):
   return weights.Mixed.from_parts(parts, [[4, 1], [0, 2, 5], [3]])
 
 
-each_node = pytest.mark.parametrize('name', [
+NODES = (
     'ternary', 'ternary_v1', 'packed', 'packed_ternary_one', 'packed_ternary_two', 'block_ternary',
     'low_rank_sparse', 'low_rank_ternary', 'mixed',
-])
+)
+each_node = pytest.mark.parametrize('name', NODES)
 
 
+@pytest.mark.long(but=tuple(f'sizes0-{name}' for name in NODES))
 @each_node
 @pytest.mark.parametrize(
     'sizes', [[3, 0, 5, 1, 0, 7], [0] * 6, [0, 0, 0, 0, 0, 1], [40, 0, 0, 0, 0, 0]]

@@ -198,6 +198,7 @@ def test_another_tokenizer_is_refused(config, tmp_path):
     loop.run(experiment, tmp_path / 'run', hooks=[])
 
 
+@pytest.mark.long(but=("extra0-unknown field 'train.stepz' (did you mean 'steps'?)",))
 @pytest.mark.parametrize('extra, said', [
     (['--set', 'train.stepz=3'], "unknown field 'train.stepz' (did you mean 'steps'?)"),
     (['--config', 'configs/qmoe.py'], 'configs/qmoe.py returns a Quantize, no training run; try '),
