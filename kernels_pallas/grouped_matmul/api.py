@@ -21,20 +21,22 @@ def product(
 
   With `transpose` w is [e, f, d] and y = x w[e]^T. Rows past the sum of the sizes give 0.
   """
+  own = gpu if tpu.supports(*x_md.shape, w_edf.shape[1 if transpose else 2], len(w_edf)) else tpu
   return jax.lax.platform_dependent(
       x_md, w_edf, group_sizes_e,
       cpu=lambda x, w, sizes: ref.product(x, w, sizes, transpose=transpose),
-      tpu=lambda x, w, sizes: tpu.product(x, w, sizes, transpose=transpose),
+      tpu=lambda x, w, sizes: own.product(x, w, sizes, transpose=transpose),
       default=lambda x, w, sizes: gpu.product(x, w, sizes, transpose=transpose),
   )
 
 
 def outer(x_md: jax.Array, dy_mf: jax.Array, group_sizes_e: jax.Array, dtype: Any) -> jax.Array:
   """dw[e] = x[rows of e]^T dy[rows of e], [e, d, f] in `dtype`, accumulated in float32."""
+  own = gpu if tpu.supports(*x_md.shape, dy_mf.shape[1], len(group_sizes_e)) else tpu
   return jax.lax.platform_dependent(
       x_md, dy_mf, group_sizes_e,
       cpu=lambda x, dy, sizes: ref.outer(x, dy, sizes, dtype),
-      tpu=lambda x, dy, sizes: tpu.outer(x, dy, sizes, dtype),
+      tpu=lambda x, dy, sizes: own.outer(x, dy, sizes, dtype),
       default=lambda x, dy, sizes: gpu.outer(x, dy, sizes, dtype),
   )
 

@@ -13,14 +13,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-LARGE_ROWS, MIDDLE_ROWS, SMALL_ROWS = 256, 64, 16
-PIECE = 256
+# Many rows go in the largest of these blocks, what is left over in one of the others.
+BLOCKS = (256, 192, 160, 128, 96, 64, 32, 16)
+LARGE_ROWS, SMALL_ROWS = BLOCKS[0], BLOCKS[-1]
+# Rows, and elements, of a matrix that is multiplied piece by piece.
+PIECE, PIECE_ELEMENTS = 256, 800_000
 
 
 def row_buckets(rows: int) -> tuple[int, ...]:
   """Static block sizes for an input of `rows` rows, falling, none larger than it."""
   if rows >= LARGE_ROWS:
-    return LARGE_ROWS, MIDDLE_ROWS, SMALL_ROWS
+    return BLOCKS
   # One size: a program for few rows had better be small.
   size = min(rows, 2 * SMALL_ROWS if rows >= 2 * SMALL_ROWS else 8)
   return (size,) if size else ()
@@ -48,20 +51,31 @@ def loop_over_blocks(
 ) -> Any:
   """Folds body(first_row, rows_left, static_size, carry) over one expert's rows.
 
-  Full blocks of the larger sizes first; only the last block of all may reach past the rows, see
-  `block_of`.
+  Full blocks of the largest size first, then one block of the smallest that holds what is left,
+  which may reach past the rows, see `block_of`: a product of many rows takes less time than several
+  of few, by more than the rows that it is too large for.
+
+  Args:
+    buckets: static sizes, falling.
   """
-  done: Any = 0
-  for size in buckets:
-    left, begin = rows - done, start + done
-    count = (left + size - 1) // size if size == buckets[-1] else left // size
 
-    def block(j, c, left=left, begin=begin, size=size):
-      return body(begin + j * size, left - j * size, size, c)
+  def blocks(begin, left, size, count, carry):
+    block = lambda j, c: body(begin + j * size, left - j * size, size, c)
+    return jax.lax.fori_loop(0, count, block, carry)
 
-    carry = jax.lax.fori_loop(0, count, block, carry)
-    done += count * size
-  return carry
+  if not buckets:
+    return carry
+  largest, *smaller = buckets
+  if not smaller:
+    return blocks(start, rows, largest, (rows + largest - 1) // largest, carry)
+  full = rows // largest
+  carry = blocks(start, rows, largest, full, carry)
+  begin, left = start + full * largest, rows - full * largest
+  last = [
+      functools.partial(blocks, begin, left, size, (left > 0).astype(jnp.int32))
+      for size in reversed(buckets)
+  ]
+  return jax.lax.switch((left > jnp.array(smaller[::-1])).sum(), last, carry)
 
 
 def block_of(
@@ -105,13 +119,15 @@ def in_blocks(
   return loop_over_experts(group_sizes_e, expert, jnp.zeros((m, out_dim), x_md.dtype))
 
 
-def piece_of(rows: int) -> int:
-  """Rows of a stored matrix that are multiplied at a time: a divisor near 256, or all of them.
+def piece_of(rows: int, wanted: int = PIECE) -> int:
+  """Rows of a stored matrix that are multiplied at a time: a divisor near `wanted`, or all of them.
 
   XLA copies what it multiplies: a piece is copied into the cache, a whole matrix through memory.
   """
-  near = [n for n in range(PIECE // 2, 2 * PIECE + 1) if rows % n == 0]
-  return min(near, key=lambda n: abs(math.log(n / PIECE)), default=rows)
+  if wanted >= rows:
+    return rows
+  near = [n for n in range(max(wanted // 2, 1), 2 * wanted + 1) if rows % n == 0]
+  return min(near, key=lambda n: abs(math.log(n / wanted)), default=rows)
 
 
 def grouped_matmul(
@@ -177,7 +193,7 @@ def product(
 ) -> jax.Array:
   """See `api.product`."""
   _, d, f = w_edf.shape
-  piece = piece_of(d)
+  piece = piece_of(d, max(PIECE_ELEMENTS // f, SMALL_ROWS))
   rows = lambda e, i: jax.lax.dynamic_slice(w_edf, (e, i * piece, 0), (1, piece, f))[0]
   return grouped_matmul(
       x_md, rows, group_sizes_e, d if transpose else f, piece=piece, transpose=transpose

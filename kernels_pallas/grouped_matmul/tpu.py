@@ -16,7 +16,15 @@ _TILE_BYTES = 1024
 _ROW_TILES = (512, 256, 128)
 
 
+def supports(m: int, d: int, f: int, e: int) -> str:
+  """Why the kernels do not take a product; '' if they do, whatever the dtype."""
+  if not (m and d and f and e):
+    return f'nothing to multiply: m = {m}, d = {d}, f = {f}, {e} experts'
+  return ''
+
+
 def supported(dtype: Any) -> bool:
+  """Whether it is multiplied as it is; other dtypes are in float32."""
   return jnp.dtype(dtype) in (jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32))
 
 

@@ -40,7 +40,7 @@ def product64(case, x, w):
 
 @pytest.mark.long(but=(
     'ref-one_row', 'ref-no_rows', 'ref-empty_groups', 'ref-all_on_one', 'ref-all_on_the_last',
-    'ref-tails', 'ref-nearly_even', 'ref-whole_tiles', 'tpu-one_row', 'tpu-no_rows',
+    'ref-tails', 'ref-nearly_even', 'ref-whole_tiles', 'ref-every_block', 'tpu-one_row', 'tpu-no_rows',
     'tpu-empty_groups', 'tpu-tails', 'gpu-empty_groups', 'gpu-tails',
 ))
 @CASES
@@ -155,3 +155,12 @@ def test_the_cost_counts_tokens_not_groups():
   few, many = (api.cost(100, 64, 32, active, 2) for active in (1, 50))
   assert few.flops == many.flops == 2 * 100 * 64 * 32
   assert few.bytes_moved == 2 * (100 * 64 + 64 * 32 + 100 * 32)
+
+
+def test_the_kernel_says_what_it_does_not_take_and_xla_takes_it():
+  assert tpu.supports(1, 24, 40, 2) == ''
+  assert 'm = 0' in tpu.supports(0, 24, 40, 2) and '0 experts' in tpu.supports(3, 24, 40, 0)
+  lowered = lambda m: jax.jit(api.product).trace(
+      jnp.ones((m, 24)), jnp.ones((2, 24, 40)), jnp.array([m, 0])
+  ).lower(lowering_platforms=('tpu',)).as_text()
+  assert 'tpu_custom_call' in lowered(3) and 'tpu_custom_call' not in lowered(0)
