@@ -21,7 +21,8 @@ def product(
 
   With `transpose` w is [e, f, d] and y = x w[e]^T. Rows past the sum of the sizes give 0.
   """
-  own = gpu if tpu.supports(*x_md.shape, w_edf.shape[1 if transpose else 2], len(w_edf)) else tpu
+  (m, d), f = x_md.shape, w_edf.shape[1 if transpose else 2]
+  own = gpu if tpu.supports(m, d, f, len(w_edf)) else tpu
   return jax.lax.platform_dependent(
       x_md, w_edf, group_sizes_e,
       cpu=lambda x, w, sizes: ref.product(x, w, sizes, transpose=transpose),
@@ -32,7 +33,8 @@ def product(
 
 def outer(x_md: jax.Array, dy_mf: jax.Array, group_sizes_e: jax.Array, dtype: Any) -> jax.Array:
   """dw[e] = x[rows of e]^T dy[rows of e], [e, d, f] in `dtype`, accumulated in float32."""
-  own = gpu if tpu.supports(*x_md.shape, dy_mf.shape[1], len(group_sizes_e)) else tpu
+  (m, d), f = x_md.shape, dy_mf.shape[1]
+  own = gpu if tpu.supports(m, d, f, len(group_sizes_e)) else tpu
   return jax.lax.platform_dependent(
       x_md, dy_mf, group_sizes_e,
       cpu=lambda x, dy, sizes: ref.outer(x, dy, sizes, dtype),
