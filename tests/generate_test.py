@@ -135,7 +135,7 @@ def test_draws_have_the_filtered_distribution():
   assert share[3] == 0
 
 
-@pytest.mark.long(but=('ternary',))
+@pytest.mark.long
 @pytest.mark.parametrize('bits, recode', [
     ('ternary', weights.two_bit), ('ternary', weights.sub_bit), (4, None),
 ], ids=['ternary', 'sub_bit', '4'])

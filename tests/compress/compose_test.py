@@ -47,7 +47,7 @@ np.save(sys.argv[3], np.asarray(model.apply(*tokens.values()).logits_btv))
 '''
 
 
-@pytest.mark.long(but=('mixtral-merge, decompose, ternary',))
+@pytest.mark.long
 @pytest.mark.parametrize('family, name', [
     *((family, name) for family in FAMILIES for name in list(CHAINS)[:2]),
     ('mixtral', 'prune, decompose, 4-bit'),

@@ -52,7 +52,7 @@ def same(a, b):
     np.testing.assert_array_equal(np.asarray(leaf), np.asarray(flat[1][path]), err_msg=path)
 
 
-@pytest.mark.long(but=('mixtral', 'switch'))
+@pytest.mark.long(but=('mixtral',))
 @pytest.mark.parametrize('family', FAMILIES)
 def test_all_experts_kept_is_the_model(family):
   model = small.model(family)
@@ -200,7 +200,7 @@ def test_a_dry_run_tells_the_size(family, step):
   assert told['after'] == {**made.report['after'], 'loss': None}
 
 
-@pytest.mark.long(but=('mixtral', 'olmoe', 'qwen2_moe'))
+@pytest.mark.long(but=('qwen2_moe',))
 @pytest.mark.parametrize('family', FAMILIES)
 def test_to_hugging_face_and_back(family, tmp_path):
   pruned = run(family, moejax.prune('reap', experts=4)).model
@@ -220,6 +220,7 @@ def test_to_hugging_face_and_back(family, tmp_path):
       moejax.to_hf(skipping, tmp_path / 'uneven')
 
 
+@pytest.mark.long(but=('mixtral',))
 @pytest.mark.torch
 @pytest.mark.parametrize('family', ('switch', 'mixtral'))
 def test_transformers_runs_what_is_left(family, tmp_path):

@@ -410,6 +410,7 @@ def information_file(model, merged, switch, file):
   return str(file)
 
 
+@pytest.mark.long
 def test_the_published_models_come_out_of_compress(merged, model, switch, tmp_path):
   """From the padded batch to the logits of the model: statistics, groups, orders and averages."""
   tokens, decoder, _, labels = switch.batch()

@@ -127,6 +127,10 @@ def reload(folder):
   return model.eval()
 
 
+@pytest.mark.long(but=(
+    'phimoe', 'mixtral_window_wide_heads', 'olmoe_clipped_normed', 'qwen2_moe_mixed',
+    'qwen3_moe_yarn', 'llama_biased', 'mistral', 'qwen2', 'qwen3', 'opt', 'opt_no_bias_untied',
+))
 @pytest.mark.parametrize('name', MODELS)
 def test_models_agree_both_ways(name, tmp_path):
   import torch

@@ -296,6 +296,7 @@ def test_the_safetensors_library_reads_what_we_write(tmp_path):
   assert back.stat().st_size < theirs.stat().st_size + 60 * len(hf.state_dict())
 
 
+@pytest.mark.long(but=('t5-v1_1',))
 @pytest.mark.parametrize('family, name', [('switch', 'every_second'), ('t5', 'v1_1')])
 def test_greedy_tokens_are_hugging_faces(family, name, tmp_path):
   """A batch of unequal prompts of ours, against transformers one by one."""

@@ -94,6 +94,7 @@ def test_a_result_that_cannot_be_written_is_noticed_first(flags, tmp_path, folde
   assert str(out) in done.stderr and message in done.stderr
 
 
+@pytest.mark.long
 def test_a_full_disk_behind_the_output_is_one_line(flags):
   command = [
       sys.executable, '-m', 'experiments.evaluate', '--model', flags['checkpoint'],

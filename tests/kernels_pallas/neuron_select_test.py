@@ -122,6 +122,10 @@ def test_cost():
   assert api.cost(2, 8, 4, 3, 6, gated=True, itemsize=4) == (4 * (3 * 3 * 32 + 32), 2 * 3 * 6 * 32)
 
 
+@pytest.mark.long(but=(
+    'relu-False-False-one_token', 'relu-False-False-nothing_chosen', 'silu-True-True-few_tokens',
+    'silu-True-True-an_idle_token', 'silu-True-True-tails', 'relu-False-False-all_on_one',
+))
 @pytest.mark.parametrize('case', cases.CHECKED, ids=lambda c: c.name)
 @pytest.mark.parametrize('act, gated, biased', [('relu', False, False), ('silu', True, True)])
 def test_the_tpu_kernel_is_the_loop(case, act, gated, biased):

@@ -45,6 +45,7 @@ def alone(model, member, of):
   return Model(dataclasses.replace(model.config, moe=moe), moejax.tree.unflatten(flat))
 
 
+@pytest.mark.long(but=('2',))
 @pytest.mark.parametrize('count', [2, 3])
 def test_the_ensemble_is_the_mean_of_models_with_a_part_of_the_experts(count):
   model = Model.init(DECODER, jax.random.key(0))

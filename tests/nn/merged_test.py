@@ -146,6 +146,7 @@ def test_it_can_be_quantized_behind_its_map(merged):
   assert len(result.report['layers']) == sum(held) * matrices
 
 
+@pytest.mark.long
 def test_a_pruned_model_is_one_with_smaller_routers():
   config = decoder(layer_experts=(2, 4, 3))
   params = tree.flatten(abstract_params(config))
@@ -168,6 +169,7 @@ def test_equal_layers_stack_and_unequal_ones_do_not():
   )
 
 
+@pytest.mark.long
 def test_the_numbers_of_the_paper():
   """MC-SMoE's switch-base-32 (sections 4 and A): whole, and merged to 8 a layer but for one."""
   from moejax import presets

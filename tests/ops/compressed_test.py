@@ -91,6 +91,7 @@ def test_it_lowers_for_accelerators(name, platform):
   assert ('tpu_custom_call' in text) == own_kernel
 
 
+@pytest.mark.long(but=('ternary', 'packed', 'packed_ternary_one', 'low_rank_ternary', 'mixed'))
 @each_node
 def test_gradient_in_x_equals_the_dense_one(name):
   node = make(name)
@@ -102,6 +103,7 @@ def test_gradient_in_x_equals_the_dense_one(name):
   np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.long(but=('ternary_v1', 'packed', 'packed_ternary_two', 'low_rank_sparse'))
 @each_node
 def test_gradient_in_levels_is_that_of_the_dense_weights(name):
   node = make(name)

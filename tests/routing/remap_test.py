@@ -37,6 +37,7 @@ def test_one_choice_is_only_renamed():
   np.testing.assert_allclose(after.gate_mk, [[0.5], [0.7]])
 
 
+@pytest.mark.long(but=('True',))
 @pytest.mark.parametrize('scaled', [False, True])
 def test_outputs_and_gradients_are_those_of_copies(scaled):
   """A merged expert under a map gives what copies of it in every slot give, for less work."""

@@ -90,7 +90,7 @@ def test_a_model_tells_the_activity_of_its_real_tokens(stacked):
     np.testing.assert_allclose(float(a.l1), float(again.activity[path].l1), rtol=1e-6)
 
 
-@pytest.mark.long(but=('1-l1', '2-hoyer'))
+@pytest.mark.long(but=('1-l1',))
 @pytest.mark.parametrize('form', ['l1', 'hoyer', 'above'])
 @pytest.mark.parametrize('accumulate', [1, 2])
 def test_training_pushes_activity_down(form, accumulate):
