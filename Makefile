@@ -18,7 +18,7 @@ PYTEST := $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -q
 test: $(VENV)/.installed-test
 	$(PYTEST) --tier quick $(PYTEST_FLAGS)
 
-# Whole commands and the rest of the cases, half an hour more.
+# Whole commands and the rest of the cases, which take longer than the quick ones.
 test-long: $(VENV)/.installed-test
 	$(PYTEST) --tier long $(PYTEST_FLAGS)
 

@@ -28,7 +28,10 @@ FORMAT = 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-  """What the demo can be told. `train_seconds` are of training steps; `rows` none for all."""
+  """What the demo can be told.
+
+  `train_seconds` are of training steps, compilation left out; no `rows` are all of them.
+  """
 
   checkpoint: pathlib.Path
   workdir: pathlib.Path

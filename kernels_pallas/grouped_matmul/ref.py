@@ -193,7 +193,7 @@ def product(
 ) -> jax.Array:
   """See `api.product`."""
   _, d, f = w_edf.shape
-  piece = piece_of(d, max(PIECE_ELEMENTS // f, SMALL_ROWS))
+  piece = piece_of(d, max(PIECE_ELEMENTS // max(f, 1), SMALL_ROWS))
   rows = lambda e, i: jax.lax.dynamic_slice(w_edf, (e, i * piece, 0), (1, piece, f))[0]
   return grouped_matmul(
       x_md, rows, group_sizes_e, d if transpose else f, piece=piece, transpose=transpose

@@ -36,6 +36,17 @@ def tile(size: int, limit: int) -> int:
   return exact[0] if exact and exact[0] >= limit // 2 else limit // 2
 
 
+def lane_tile(size: int, limit: int) -> int:
+  """All of an axis up to `limit`, a multiple of 128; else the most 128s that divide it.
+
+  Where none divide it, the limit: the last tile is partly empty, and has to be masked.
+  """
+  if size <= limit:
+    return size
+  exact = [n for n in range(limit, 127, -128) if size % n == 0]
+  return exact[0] if exact else limit
+
+
 def row_tile(rows: int, groups: int) -> int:
   """Rows a tile: the largest that a group's mean share fills, so that few tiles are shared."""
   for t in _ROW_TILES:

@@ -37,10 +37,7 @@ def _rows(m: int, e: int) -> int:
 def depth(d: int, columns: int, itemsize: int) -> int:
   """Inputs a tile: all, if they fit, else the most 128s that divide d; else the last is masked."""
   limit = max(STEP_BYTES // (columns * itemsize) // LANES, 1) * LANES
-  if d <= limit:
-    return d
-  exact = [n for n in range(limit, LANES - 1, -LANES) if d % n == 0]
-  return exact[0] if exact else limit
+  return grouped.lane_tile(d, limit)
 
 
 def supports(

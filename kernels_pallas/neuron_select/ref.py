@@ -21,7 +21,7 @@ Act = Callable[..., jax.Array]
 # Up to so many tokens go by pairs. Above, rows are gathered in blocks of these sizes.
 FEW = 32
 BLOCKS = grouped.BLOCKS
-SMALL_TOKENS, SMALL_BLOCKS = 64, (32, 8)
+SMALL_TOKENS, SMALL_BLOCKS = 64, (32, 16, 8)
 # Gathering a token's row for an expert costs as much as so many of the expert's neurons.
 SMALL_ROW_NEURONS, ROW_NEURONS = 100, 160
 # Neurons whose weights are brought together for one product, where all are computed.

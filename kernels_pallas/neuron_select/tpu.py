@@ -13,6 +13,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
+from kernels_pallas.grouped_matmul import tpu as grouped
+
 LANES = 128
 ROWS = 16  # Rows of a bfloat16 register.
 # Above so many rows the matrix unit takes longer than reading the weights.
@@ -29,10 +31,7 @@ def width(d: int, f: int, matrices: int, itemsize: int) -> int:
   Where none divides, the last piece is partly empty.
   """
   limit = max(STEP_BYTES // (matrices * d * itemsize) // LANES, 1) * LANES
-  if f <= limit:
-    return f
-  exact = [n for n in range(limit, LANES - 1, -LANES) if f % n == 0]
-  return exact[0] if exact else limit
+  return grouped.lane_tile(f, limit)
 
 
 def _vector_bytes(m: int, d: int, f: int, e: int, matrices: int, itemsize: int) -> int:

@@ -14,8 +14,12 @@ from moejax.ops.linear import linear
 
 
 def _gelu(x: jax.Array) -> jax.Array:
-  """By erf as in PyTorch, which TPU kernels have; `jax.nn.gelu` goes by erfc, which they lack."""
-  return x * (0.5 * (1.0 + jax.lax.erf(x * math.sqrt(0.5)))).astype(x.dtype)
+  """By erf as in PyTorch, which TPU kernels have; `jax.nn.gelu` goes by erfc, which they lack.
+
+  In float32 at least: 1 + erf leaves few digits of a bfloat16.
+  """
+  wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  return (0.5 * wide * (1.0 + jax.lax.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
 
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
