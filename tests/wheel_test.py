@@ -17,9 +17,9 @@ def wheel(tmp_path_factory):
   """Built from a copy of the tree, since building writes beside its sources."""
   folder = tmp_path_factory.mktemp('wheel')
   for name in ('moejax', 'kernels_pallas', 'configs', 'experiments', 'tests'):
-    ignored = shutil.ignore_patterns('__pycache__', '*.safetensors', '*.npz', '*.xz')
+    ignored = shutil.ignore_patterns('__pycache__', '*.safetensors', '*.npz', '*.xz', '*.so')
     shutil.copytree(ROOT / name, folder / 'tree' / name, ignore=ignored)
-  for name in ('pyproject.toml', 'README.md', 'LICENSE'):
+  for name in ('pyproject.toml', 'setup.py', 'README.md', 'LICENSE'):
     shutil.copy(ROOT / name, folder / 'tree')
   done = subprocess.run(
       [sys.executable, '-m', 'pip', 'wheel', '.', '--no-deps', '--no-build-isolation', '--no-index',
@@ -46,10 +46,12 @@ def test_it_holds_the_library_and_nothing_else(wheel):
   data = {
       str(p.relative_to(ROOT))
       for top in ('moejax', 'kernels_pallas') for p in (ROOT / top).rglob('*')
-      if p.is_file() and p.suffix not in ('.py', '.pyc')
+      if p.is_file() and p.suffix not in ('.py', '.pyc', '.cc', '.h', '.so')
   }
   assert data and data <= names
   assert any(name.endswith('/licenses/LICENSE') for name in names)
+  compiled = [name for name in names if name.endswith('.so')]
+  assert len(compiled) == bool(shutil.which('c++')), compiled
 
 
 AWAY = '''
@@ -72,7 +74,7 @@ import jax
 import numpy as np
 from moejax.compress import compress
 import moejax.report
-import kernels_pallas.codeword_matvec.api
+import kernels_pallas.codeword_matmul.api
 
 assert 'font' in importlib.resources.files('moejax.report').joinpath('style.css').read_text()
 config = moejax.EncDecConfig(

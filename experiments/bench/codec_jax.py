@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.bench import timing
-from kernels_pallas.codeword_matvec import cases
+from kernels_pallas.codeword_matmul import cases
 from moejax import weights
-from moejax.ops import compressed
 from moejax.ops.expert_dot import expert_dot
 
 _EXPERTS, _EXPERT = 4, 2
@@ -39,9 +38,6 @@ def products(nodes: dict[str, Any], cols: int, tokens: int) -> dict[str, Any]:
     operands[f'dense {dtype}'] = x.astype(dtype), nodes['moejax'].dense(dtype)
   dot = jax.jit(expert_dot)
   fns: dict[str, Any] = {n: (lambda x=x, w=w: dot(x, w, sizes)) for n, (x, w) in operands.items()}
-  if tokens == 1:
-    direct = jax.jit(compressed.ternary_matvec)
-    fns['moejax'] = lambda: direct(x[0], nodes['moejax'], jnp.int32(_EXPERT))[None]
   return {name: (lambda fn=fn: jax.block_until_ready(fn())) for name, fn in fns.items()}
 
 

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.subbit_matmul import gpu, layout, ref, tpu
+from kernels_pallas import extension
+from kernels_pallas.subbit_matmul import cpu, gpu, layout, ref, tpu
 
 
 class Cost(NamedTuple):
@@ -22,7 +23,8 @@ def subbit_matmul(
 ) -> jax.Array:
   """y[rows of e] = x[rows of e] W_e, [m, f] in x's dtype, accumulated in float32.
 
-  The kernel on TPU, where it `supports` the product; loops in XLA on CPU; else expanded experts.
+  The kernel on TPU, where it `supports` the product; C++ on CPU, or loops in XLA where it was not
+  built; else expanded experts.
 
   See the package for the arguments.
 
@@ -45,8 +47,9 @@ def subbit_matmul(
     )
   if not (m and e):
     return jnp.zeros((m, sizes.f), x_md.dtype)
+  by_cpu = ref if extension.missing() else cpu
   on_cpu, on_tpu, expanded = (
-      functools.partial(f.subbit_matmul, sizes=sizes) for f in (ref, tpu, gpu)
+      functools.partial(f.subbit_matmul, sizes=sizes) for f in (by_cpu, tpu, gpu)
   )
   return jax.lax.platform_dependent(
       x_md, rows_rl, starts_es, records_es1w, levels_enc, homes_etl, group_sizes_e, cpu=on_cpu,

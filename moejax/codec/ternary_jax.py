@@ -46,6 +46,22 @@ def decode_table(design: int) -> DecodeTable:
   return DecodeTable(length, np.ascontiguousarray(fields.T), bits)
 
 
+@functools.cache
+def entries(designs: tuple[int, ...]) -> np.ndarray:
+  """Of each design the length and nonzeros of its codewords, uint16 [designs, 65536, k].
+
+  A nonzero is position << 1 | is high; all ones past a codeword's last.
+  """
+  tables = [tunstall.table(design) for design in designs]
+  most = max(table.nonzeros_uk.shape[1] for table in tables)
+  made = np.full((len(designs), 2**tunstall.CODEWORD_BITS, 1 + most), tunstall.DROPPED, np.uint16)
+  made[:, :, 0] = 0
+  for own, table in zip(made, tables):
+    codewords, kept = table.nonzeros_uk.shape
+    own[:codewords, 0], own[:codewords, 1 : 1 + kept] = table.length_u, table.nonzeros_uk
+  return made
+
+
 def exclusive_sums(x_w: jax.Array) -> jax.Array:
   """Sums of all entries before each, int32 [w]; entries are codeword lengths, at most 4095.
 

@@ -1,6 +1,6 @@
 """expert_dot for weight nodes: one expert at a time is expanded, used for its tokens and dropped.
 
-A single token goes through codewords by `kernels_pallas.codeword_matvec`, which expands nothing; a
+A single token goes through codewords by `kernels_pallas.codeword_matmul`, which expands nothing; a
 low rank and a few columns are never expanded either.
 """
 
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.codeword_matvec import api as codewords
+from kernels_pallas.codeword_matmul import api as codewords
 from kernels_pallas.grouped_matmul import ref as grouped
 from kernels_pallas.lowrank_sparse_matmul import api as low_rank_sparse
 from kernels_pallas.packed_matmul import api as packed
@@ -24,9 +24,8 @@ from moejax.ops import expert_dot
 @jax.custom_vjp
 def compressed_expert_dot(x_md: jax.Array, node: Any, group_sizes_e: jax.Array) -> jax.Array:
   """`expert_dot` for any weight node; differentiable in x and in the node's levels or scales."""
-  if isinstance(node, weights.Ternary) and x_md.shape[0] == 1:
-    y_f = ternary_matvec(x_md[0], node, jnp.argmax(group_sizes_e))
-    return jnp.where(group_sizes_e.sum() > 0, y_f, 0.0).astype(x_md.dtype)[None]
+  if isinstance(node, weights.Ternary):
+    return ternary_dot(x_md, node, group_sizes_e)
   if isinstance(node, weights.PackedTernary):
     return two_bit.ternary_matmul(
         x_md, jnp.asarray(node.words), jnp.asarray(node.levels), group_sizes_e
@@ -63,6 +62,30 @@ def low_rank_sparse_dot(
   low_mr = expert_dot.expert_dot(x_md, left, group_sizes_e)
   kept_ms = compressed_expert_dot(x_md, node.kept, group_sizes_e)
   return low_rank_sparse.expand(low_mr, kept_ms, right, index, group_sizes_e)
+
+
+def ternary_dot(
+    x_md: jax.Array, node: weights.Ternary, group_sizes_e: jax.Array
+) -> jax.Array:
+  """From the codewords on CPUs and for one row, else expert by expert expanded."""
+
+  def from_codewords(x_md, node, group_sizes_e):
+    return codewords.codeword_matmul(
+        x_md, jnp.asarray(node.words), jnp.asarray(node.offsets), node.tables(),
+        jnp.asarray(node.levels), jnp.asarray(ternary_jax.entries(node.designs)), group_sizes_e,
+        block_rows=node.block_rows,
+    )
+
+  def one_row(x_1d, node, group_sizes_e):
+    y_f = ternary_matvec(x_1d[0], node, jnp.argmax(group_sizes_e))
+    return jnp.where(group_sizes_e.sum() > 0, y_f, 0.0).astype(x_1d.dtype)[None]
+
+  by_xla = one_row if x_md.shape[0] == 1 else expanded_dot
+  if codewords.supports():
+    return by_xla(x_md, node, group_sizes_e)
+  return jax.lax.platform_dependent(
+      x_md, node, group_sizes_e, cpu=from_codewords, default=by_xla
+  )
 
 
 def ternary_matvec(x_d: jax.Array, node: weights.Ternary, expert: jax.Array) -> jax.Array:

@@ -194,14 +194,17 @@ class Ternary(base.WeightNode):
     """
     shards, size = self.words.shape
     i = jnp.asarray(i, jnp.int32)
-    place = np.zeros(len(tunstall.DESIGNS), np.int32)
-    place[list(self.designs)] = np.arange(len(self.designs))
     pick = lambda a: jax.lax.dynamic_index_in_dim(jnp.asarray(a), i, 0, keepdims=False)
-    table = jnp.asarray(place)[pick(self.design)]
-    offsets = pick(self.offsets)
+    table, offsets = pick(self.tables()), pick(self.offsets)
     shard = offsets[0] // np.uint32(size)
     offsets = offsets - shard * np.uint32(size)
     return (shard % np.uint32(shards)).astype(jnp.int32), offsets, table, pick(self.levels)
+
+  def tables(self) -> jax.Array:
+    """Place of each expert's table in `designs`, int32 [e]."""
+    place = np.zeros(len(tunstall.DESIGNS), np.int32)
+    place[list(self.designs)] = np.arange(len(self.designs))
+    return jnp.asarray(place)[jnp.asarray(self.design)]
 
   def ternary_rows(self, i: jax.Array | int) -> jax.Array:
     """{-1, 0, 1} of one expert, int8 [f, d]; i may be traced."""

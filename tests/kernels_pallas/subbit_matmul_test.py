@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.subbit_matmul import api, cases, gpu, layout, ref, tpu
+from kernels_pallas import extension
+from kernels_pallas.subbit_matmul import api, cases, cpu, gpu, layout, ref, tpu
 from kernels_pallas.subbit_matmul.layout import deal, decode, encode
 from kernels_pallas.ternary_matmul import layout as two_bit
 
 PRODUCTS = {
     name: jax.jit(module.subbit_matmul, static_argnames='sizes')
-    for name, module in (('ref', ref), ('gpu', gpu))
+    for name, module in (('ref', ref), ('gpu', gpu), ('cpu', cpu))
+    if module is not cpu or not extension.missing()
 }
 CASES = pytest.mark.parametrize('case', cases.CHECKED, ids=lambda c: c.name)
 
@@ -74,6 +76,7 @@ def check(product, case, levels, dtype):
         'one_weight', 'empty_groups', 'many_zeros',
     )),
     'ref-1_bfloat16-tails', 'gpu-2_float32-tails',
+    *(f'cpu-2_float32-{case.name}' for case in cases.CHECKED), 'cpu-1_bfloat16-tails',
 ))
 @CASES
 @LEVELS
@@ -157,6 +160,27 @@ def test_what_the_kernel_does_not_take_goes_by_xla():
   np.testing.assert_allclose(api.subbit_matmul(*args, sizes=sizes), expected, atol=2e-2)
   none = api.subbit_matmul(args[0][:0], *args[1:6], jnp.zeros(2, jnp.int32), sizes=sizes)
   assert none.shape == (0, 40)
+
+
+def test_a_cpu_without_the_extension_goes_by_xla(monkeypatch):
+  args, sizes, expected = operands(cases.CHECKED[5], 2)
+  run = lambda: jax.jit(functools.partial(api.subbit_matmul, sizes=sizes)).trace(*args).lower()
+  if not extension.missing():
+    assert extension.SUBBIT_MATMUL in run().as_text()
+  monkeypatch.setattr(extension, 'missing', lambda: 'not there')
+  assert extension.SUBBIT_MATMUL not in run().as_text()
+  y = api.subbit_matmul(*args, sizes=sizes)
+  np.testing.assert_allclose(y, expected, atol=1e-6 * np.abs(expected).max())
+
+
+@pytest.mark.skipif(bool(extension.missing()), reason='no C++ compiler')
+@pytest.mark.parametrize('which, value', [(2, 1 << 20), (2, -5), (3, 1 << 20)])
+def test_codes_that_point_elsewhere_are_not_followed(which, value):
+  args, sizes, _ = operands(cases.CHECKED[5], 2)
+  args = list(args)
+  args[which] = jnp.full_like(args[which], value)
+  with pytest.raises(jax.errors.JaxRuntimeError, match='damaged'):
+    jax.block_until_ready(cpu.subbit_matmul(*args, sizes=sizes))
 
 
 def test_only_a_tpu_gets_the_kernel():

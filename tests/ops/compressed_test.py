@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from moejax import weights
+from moejax.ops import compressed
 from moejax.ops.expert_dot import expert_dot
 
 VECTORS = Path(__file__).parent.parent / 'vectors' / 'qmoe'
@@ -79,6 +80,17 @@ def test_equals_the_dense_product(name, sizes):
   want = jax.jit(expert_dot)(x, node.dense(jnp.float32), sizes)
   np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
   assert not np.asarray(got)[int(sizes.sum()) :].any()
+
+
+@pytest.mark.parametrize('rows', (1, 40))
+def test_codewords_without_the_extension(rows, monkeypatch):
+  monkeypatch.setattr(compressed.codewords, 'supports', lambda: 'not there')
+  node, x = make('ternary'), jax.random.normal(jax.random.key(0), (rows, COLS))
+  sizes = jnp.asarray([0, 0, rows - rows // 2, 0, rows // 2, 0], jnp.int32)
+  run = jax.jit(compressed.ternary_dot)
+  assert 'moejax_' not in run.lower(x, node, sizes).as_text()
+  want = jax.jit(expert_dot)(x, node.dense(jnp.float32), sizes)
+  np.testing.assert_allclose(run(x, node, sizes), want, rtol=1e-5, atol=1e-5)
 
 
 @each_node

@@ -1,0 +1,119 @@
+// Work shared with the threads of XLA, and rows of x cut into pieces of one expert.
+
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <memory>
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "sums.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace moejax {
+
+// Calls work(i) for each i < n, here and on the pool's threads. It never waits for a thread to
+// start, so it may itself run on one of them: what no other thread has begun is done here.
+template <typename Work>
+void share(xla::ffi::ThreadPool& pool, int64_t n, Work work) {
+  struct State {
+    std::atomic<int64_t> next{0};
+    int64_t done = 0;
+    std::mutex mutex;
+    std::condition_variable all_done;
+  };
+  auto state = std::make_shared<State>();
+  // A thread that starts late finds nothing left and must not touch `work`, which is gone by then.
+  auto run = [state, n, &work] {
+    int64_t own = 0;
+    for (int64_t i; (i = state->next.fetch_add(1)) < n; ++own) work(i);
+    if (own) {
+      std::lock_guard<std::mutex> lock(state->mutex);
+      state->done += own;
+      if (state->done == n) state->all_done.notify_all();
+    }
+  };
+  const int64_t helpers = std::min<int64_t>(pool.num_threads(), n) - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(decltype(run)(run));
+  run();
+  std::unique_lock<std::mutex> lock(state->mutex);
+  state->all_done.wait(lock, [&] { return state->done == n; });
+}
+
+// Rows [first, first + rows) of x, all of one expert, at most kMostLanes of them.
+struct Piece {
+  int64_t expert, first, rows;
+
+  int64_t lanes() const { return lanes_for(rows); }
+};
+
+// The rows of each expert in turn; those past the last group belong to none.
+inline std::vector<Piece> pieces_of(const int32_t* group_sizes, int64_t experts, int64_t rows) {
+  std::vector<Piece> pieces;
+  int64_t first = 0;
+  for (int64_t e = 0; e < experts; ++e) {
+    const int64_t end = std::min(rows, first + std::max<int64_t>(0, group_sizes[e]));
+    for (; first < end; first += kMostLanes) {
+      pieces.push_back({e, first, std::min(kMostLanes, end - first)});
+    }
+    first = end;
+  }
+  return pieces;
+}
+
+// A piece of x [places][m] as [places][lanes], zeros past its rows.
+inline std::vector<float> gather(const float* x, int64_t places, int64_t m, const Piece& piece) {
+  const int64_t lanes = piece.lanes();
+  std::vector<float> out(places * lanes);
+  for (int64_t p = 0; p < places; ++p) {
+    std::memcpy(out.data() + p * lanes, x + p * m + piece.first, piece.rows * sizeof(float));
+  }
+  return out;
+}
+
+// Calls work(piece, x of it, first, end) for each piece and, between them, every tile in
+// [0, tiles); a piece is divided where there are too few for the threads to end together.
+template <typename Work>
+void share_pieces(xla::ffi::ThreadPool& pool, const float* x, int64_t places, int64_t m,
+                  const std::vector<Piece>& pieces, int64_t tiles, Work work) {
+  const int64_t n = pieces.size(), wanted = pool.num_threads() > 1 ? 4 * pool.num_threads() : 1;
+  if (n >= wanted) {
+    share(pool, n, [&](int64_t i) {
+      work(pieces[i], gather(x, places, m, pieces[i]).data(), int64_t{0}, tiles);
+    });
+    return;
+  }
+  std::vector<std::vector<float>> gathered;
+  for (const Piece& piece : pieces) gathered.push_back(gather(x, places, m, piece));
+  const int64_t parts = n ? std::min(tiles, (wanted + n - 1) / n) : 1;
+  share(pool, n * parts, [&](int64_t unit) {
+    const int64_t i = unit / parts, part = unit % parts;
+    work(pieces[i], gathered[i].data(), tiles * part / parts, tiles * (part + 1) / parts);
+  });
+}
+
+// Values kept in float32 or in bfloat16, its upper half.
+class Values {
+ public:
+  explicit Values(const xla::ffi::AnyBuffer& buffer)
+      : data_(buffer.untyped_data()), half_(buffer.element_type() == xla::ffi::BF16) {}
+
+  float operator[](int64_t i) const {
+    if (!half_) return static_cast<const float*>(data_)[i];
+    const uint32_t bits = uint32_t{static_cast<const uint16_t*>(data_)[i]} << 16;
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+  }
+
+ private:
+  const void* data_;
+  bool half_;
+};
+
+}  // namespace moejax
