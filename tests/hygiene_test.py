@@ -124,6 +124,15 @@ def test_size_guards(path):
       assert lines <= 80, f'{path.name}:{node.lineno} {node.name} has {lines} lines'
 
 
+@pytest.mark.parametrize(
+    'path', [p for end in ('cc', 'h') for p in sorted((ROOT / 'kernels_pallas').rglob(f'*.{end}'))],
+    ids=lambda p: str(p.relative_to(ROOT)),
+)
+def test_size_guards_of_cpp(path):
+  lines = path.read_text().splitlines()
+  assert len(lines) <= 500 and max(map(len, lines)) <= 100
+
+
 def test_importing_moejax_does_no_jax_work():
   code = "import sys, moejax; assert 'jax' not in sys.modules and 'flax' not in sys.modules"
   subprocess.run([sys.executable, '-c', code], check=True, cwd=ROOT)

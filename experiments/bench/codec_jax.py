@@ -74,7 +74,7 @@ def case_rows(case: cases.Case, repeats: int) -> list[dict[str, Any]]:
       for n, node in nodes.items()
   }
   add('decode to float32 under jit', calls, one, norms(calls))
-  for tokens, metric in ((1, '1 token, from the codes'), (64, '64 tokens, expanded once')):
+  for tokens, metric in ((1, '1 token, from the codes'), (64, '64 tokens, one expert')):
     calls = products(nodes, case.cols, tokens)
     add(metric, calls, one, norms(calls))
   return rows

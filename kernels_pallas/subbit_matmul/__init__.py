@@ -11,8 +11,8 @@
     group_sizes_e int32 [e]              rows of each expert; rows past their sum give 0
     sizes         `layout.Sizes`
 
-`api` is what to call, `ref` the XLA implementation for CPUs, `tpu` the kernel; `gpu` expands
-experts for want of one, `cases` are the shapes that all are checked on. In `layout`, `encode`
-writes codes, `decode` reads them in XLA, `block` has the arithmetic that XLA and the kernel share,
-and `deal` says which columns lie together.
+`api` is what to call, `tpu` the kernel, `cpu` the product in C++, `ref` the one in XLA for CPUs
+where that was not built; `gpu` expands experts for want of a kernel, `cases` are the shapes that
+all are checked on. In `layout`, `encode` writes codes, `decode` reads them in XLA, `block` has the
+arithmetic that XLA and the kernel share, and `deal` says which columns lie together.
 """

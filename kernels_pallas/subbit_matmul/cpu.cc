@@ -123,6 +123,28 @@ inline void add_word(uint32_t word, uint32_t first, uint32_t*& high, uint32_t*& 
   }
 }
 
+// What the code of every strip has in common.
+struct Code {
+  Tail tail;
+  int64_t steps, depth;  // Of a strip; its places.
+
+  int64_t head() const { return tail.group * kSublanes; }  // Rows of classes.
+};
+
+// Where the tiles of a strip are: its record, and its first row among `all_rows`.
+struct Record {
+  const int32_t* headers;
+  int64_t tiles, header, words, start, all_rows;
+
+  const int32_t* rest() const { return headers + tiles * header; }
+  int64_t first(int64_t tile) const { return start + headers[tile * header]; }
+  int64_t end(int64_t tile) const {
+    return tile + 1 < tiles ? first(tile + 1) : start + rest()[0];
+  }
+  int64_t first_patch(int64_t tile) const { return tile ? headers[tile * header - 1] : 0; }
+  int64_t last_patch(int64_t tile) const { return headers[(tile + 1) * header - 1]; }
+};
+
 // A strip of a tile: its rows of 128 words column by column, and its patches lane by lane.
 struct Strip {
   int64_t rows = 0;
@@ -131,6 +153,21 @@ struct Strip {
   std::vector<std::array<uint32_t, 2>> patches;
 
   static constexpr int64_t kPad = 4;  // Words of zeros on either side.
+
+  // Whether what the record says lies within the arrays; nothing else may be read of it.
+  bool take_tile(const Code& code, const Record& record, const uint32_t* source, int64_t tile) {
+    const int64_t first = record.first(tile), count = record.end(tile) - first;
+    const int64_t patch = record.first_patch(tile), last = record.last_patch(tile);
+    const bool inside = first >= 0 && count >= code.head() && first + count <= record.all_rows &&
+                        patch >= 0 && last >= patch &&
+                        record.tiles * record.header + 1 + 2 * last <= record.words;
+    if (!inside) return false;
+    take(source + first * kTile, count);
+    take_patches(record.rest() + 1 + 2 * patch, last - patch);
+    return std::all_of(patches.begin(), patches.end(), [&](const auto& one) {
+      return one[0] * kWordWeights < code.depth;
+    });
+  }
 
   int64_t pitch() const { return rows + 2 * kPad; }
   const uint32_t* column(int64_t lane) const { return words.data() + lane * pitch() + kPad; }
@@ -157,14 +194,6 @@ struct Strip {
       patches[next[place & (kTile - 1)]++] = {place >> 7, static_cast<uint32_t>(listed[2 * i + 1])};
     }
   }
-};
-
-// What the code of every strip has in common.
-struct Code {
-  Tail tail;
-  int64_t steps;
-
-  int64_t head() const { return tail.group * kSublanes; }  // Rows of classes.
 };
 
 // Appends the weights of one column of a strip whose first place is `base`.
@@ -247,7 +276,7 @@ DEFINE_READ(read_4, 4)
 DEFINE_READ(read_8, 8)
 DEFINE_READ(read_16, 16)
 
-// Of an expert: which output each kept column is, -1 where none.
+// Of an expert's kept columns, the output that each is, -1 where none.
 template <typename Home>
 std::vector<int64_t> outputs_of(const Home* homes, int64_t tiles, int64_t outputs) {
   std::vector<int64_t> found(tiles * kTile, -1);
@@ -265,16 +294,16 @@ using U32 = ffi::Buffer<ffi::U32>;
 
 // x [strips * places][m], in the order in which the code has the places of words; y [m][outputs].
 ffi::Error subbit_matmul(ffi::ThreadPool pool, F32 x, U32 rows, S32 starts, S32 records,
-                         ffi::AnyBuffer levels, ffi::AnyBuffer homes, S32 group_sizes, int64_t size, int64_t steps, int64_t header,
-                         int64_t tail_group, int64_t tail_steps, int64_t tail_lanes,
-                         int64_t tail_bits, int64_t tail_end, ffi::Result<F32> y) {
+                         ffi::AnyBuffer levels, ffi::AnyBuffer homes, S32 group_sizes,
+                         int64_t size, int64_t steps, int64_t header, int64_t tail_group,
+                         int64_t tail_steps, int64_t tail_lanes, int64_t tail_bits,
+                         int64_t tail_end, ffi::Result<F32> y) {
   const int64_t m = y->dimensions()[0], outputs = y->dimensions()[1];
   const int64_t experts = homes.dimensions()[0], tiles = homes.dimensions()[1];
   const int64_t strips = starts.dimensions()[1], record = records.dimensions()[3];
   const int64_t places = x.dimensions()[0], depth = places / strips;
   const int64_t of_levels = levels.dimensions()[1], columns = tiles * kTile;
-  const int64_t all_rows = rows.dimensions()[0];
-  const Code code{{tail_group, tail_steps, tail_lanes, tail_bits, tail_end}, steps};
+  const Code code{{tail_group, tail_steps, tail_lanes, tail_bits, tail_end}, steps, depth};
   const int64_t step_places = kSublanes * kWordWeights * (size == 4 ? 1 : 2);
   if (steps * step_places > depth) {
     return ffi::Error::InvalidArgument("subbit_matmul: x has fewer places than the code");
@@ -285,45 +314,33 @@ ffi::Error subbit_matmul(ffi::ThreadPool pool, F32 x, U32 rows, S32 starts, S32 
   for (const Piece& piece : pieces) {
     if (output[piece.expert].size()) continue;
     const int64_t first = piece.expert * columns;
+    const void* all = homes.untyped_data();
     output[piece.expert] =
         homes.element_type() == ffi::U16
-            ? outputs_of(static_cast<const uint16_t*>(homes.untyped_data()) + first, tiles, outputs)
-            : outputs_of(static_cast<const uint32_t*>(homes.untyped_data()) + first, tiles, outputs);
+            ? outputs_of(static_cast<const uint16_t*>(all) + first, tiles, outputs)
+            : outputs_of(static_cast<const uint32_t*>(all) + first, tiles, outputs);
   }
   const auto read = size == 4 ? read_4 : size == 8 ? read_8 : read_16;
   const Values level(levels);
   std::atomic<bool> damaged{false};
 
-  auto multiply = [&](const Piece& piece, const float* x_piece, int64_t first_tile, int64_t last_tile) {
+  auto multiply = [&](const Piece& piece, const float* x_piece, int64_t first, int64_t last) {
     const int64_t e = piece.expert, lanes = piece.lanes();
     const int64_t low_level = e * of_levels * columns;
     const int64_t high_level = low_level + (of_levels - 1) * columns;
     const float low_sign = of_levels == 2 ? 1 : -1;
     std::vector<Strip> held(strips);
     Places found;
-    for (int64_t t = first_tile; t < last_tile; ++t) {
+    for (int64_t t = first; t < last; ++t) {
       int64_t most = places;
       for (int64_t i = 0; i < strips; ++i) {
-        const int32_t* own = records.typed_data() + (e * strips + i) * record;
-        const int32_t* rest = own + tiles * header;
-        const int64_t start = starts.typed_data()[e * strips + i];
-        const int64_t first = start + own[t * header];
-        const int64_t end = start + (t + 1 < tiles ? own[(t + 1) * header] : rest[0]);
-        const int64_t patch = t ? own[t * header - 1] : 0, last = own[(t + 1) * header - 1];
-        if (first < 0 || end > all_rows || end - first < code.head() || patch < 0 ||
-            last < patch || tiles * header + 1 + 2 * last > record) {
+        const Record own{records.typed_data() + (e * strips + i) * record, tiles, header, record,
+                         starts.typed_data()[e * strips + i], rows.dimensions()[0]};
+        if (!held[i].take_tile(code, own, rows.typed_data(), t)) {
           damaged = true;
           return;
         }
-        held[i].take(rows.typed_data() + first * kTile, end - first);
-        held[i].take_patches(rest + 1 + 2 * patch, last - patch);
-        for (const auto& one : held[i].patches) {
-          if (one[0] * kWordWeights >= depth) {
-            damaged = true;
-            return;
-          }
-        }
-        most += kWordWeights * (last - patch);
+        most += kWordWeights * held[i].patches.size();
       }
       found.reserve(most);
       for (int64_t lane = 0; lane < kTile; ++lane) {
@@ -337,8 +354,7 @@ ffi::Error subbit_matmul(ffi::ThreadPool pool, F32 x, U32 rows, S32 starts, S32 
         sum_rows(lanes, x_piece, found.high.data(), found.highs, highs);
         sum_rows(lanes, x_piece, found.low.data(), found.lows, lows);
         for (int64_t r = 0; r < piece.rows; ++r) {
-          y->typed_data()[(piece.first + r) * outputs + o] =
-              highs[r] * high + lows[r] * low;
+          y->typed_data()[(piece.first + r) * outputs + o] = highs[r] * high + lows[r] * low;
         }
       }
     }
