@@ -163,7 +163,7 @@ def test_what_the_kernel_does_not_take_goes_by_xla():
 
 
 def test_a_cpu_without_the_extension_goes_by_xla(monkeypatch):
-  args, sizes, expected = operands(cases.CHECKED[5], 2)
+  args, sizes, expected = operands(cases.CHECKED[1], 2)
   run = lambda: jax.jit(functools.partial(api.subbit_matmul, sizes=sizes)).trace(*args).lower()
   if not extension.missing():
     assert extension.SUBBIT_MATMUL in run().as_text()
