@@ -99,4 +99,4 @@ $(VENV)/.installed-test: requirements-test.txt requirements.txt $(TPU) $(WEIGHTS
 	touch $(VENV)/.installed $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) runs build kernels_pallas/*.so
