@@ -52,11 +52,6 @@ int64_t row_of(std::vector<uint32_t>& at, int64_t from, int64_t count, uint32_t 
   return i - from;
 }
 
-using F32 = ffi::Buffer<ffi::F32>;
-using S32 = ffi::Buffer<ffi::S32>;
-using U32 = ffi::Buffer<ffi::U32>;
-using U16 = ffi::Buffer<ffi::U16>;
-
 // x [cols][m], words [shards][w], offsets [e][blocks + 1], table [e], levels [e][rows][2],
 // entries [tables][65536][1 + kept]; y [m][rows].
 ffi::Error codeword_matmul(ffi::ThreadPool pool, F32 x, U16 words, U32 offsets, S32 table,

@@ -11,7 +11,7 @@ typedef float V16 __attribute__((vector_size(64)));
 
 // `COUNT` vectors V side by side, held in registers for the whole sum.
 #define DEFINE_SUM(NAME, V, COUNT)                                                       \
-  FOR_EACH_CPU("avx512f", "avx2")                                                       \
+  FOR_EACH_CPU("avx512f", "avx2")                                                        \
   void NAME(const float* x, const uint32_t* at, int64_t n, float* sums) {                \
     constexpr int64_t kWidth = sizeof(V) / sizeof(float);                                \
     V total[COUNT] = {};                                                                 \

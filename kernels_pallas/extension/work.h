@@ -17,6 +17,11 @@
 
 namespace moejax {
 
+using F32 = xla::ffi::Buffer<xla::ffi::F32>;
+using S32 = xla::ffi::Buffer<xla::ffi::S32>;
+using U32 = xla::ffi::Buffer<xla::ffi::U32>;
+using U16 = xla::ffi::Buffer<xla::ffi::U16>;
+
 // Calls work(i) for each i < n, here and on the pool's threads. It never waits for a thread to
 // start, so it may itself run on one of them: what no other thread has begun is done here.
 template <typename Work>

@@ -288,10 +288,6 @@ std::vector<int64_t> outputs_of(const Home* homes, int64_t tiles, int64_t output
   return found;
 }
 
-using F32 = ffi::Buffer<ffi::F32>;
-using S32 = ffi::Buffer<ffi::S32>;
-using U32 = ffi::Buffer<ffi::U32>;
-
 // x [strips * places][m], in the order in which the code has the places of words; y [m][outputs].
 ffi::Error subbit_matmul(ffi::ThreadPool pool, F32 x, U32 rows, S32 starts, S32 records,
                          ffi::AnyBuffer levels, ffi::AnyBuffer homes, S32 group_sizes,
