@@ -1,29 +1,38 @@
-"""Products from codes in C++, for CPUs, where they were built; XLA serves where they were not.
+"""Products in C++, for CPUs, where they were built; XLA serves where they were not.
 
 `setup.py` compiles the `.cc` files of this package and of the operations into one library,
-`kernels_pallas._cpu`, which XLA calls by its foreign function interface.
+`kernels_pallas._cpu`, which XLA calls by its foreign function interface. `gemm` multiplies
+matrices, `sums` adds up rows of x, `work` shares work between threads.
+
+The environment variable MOEJAX_CPU says what is used: 'xla' for none of it, 'avx512', 'avx2' or
+'any' for one kind of CPU's products of matrices. By default the best that the CPU has.
 """
 
 import ctypes
 import functools
 import importlib.util
+import os
 
 import jax
 import jax.numpy as jnp
 
 SUBBIT_MATMUL = 'moejax_subbit_matmul'
 CODEWORD_MATMUL = 'moejax_codeword_matmul'
+GROUPED_PRODUCT = 'moejax_grouped_product'
+GROUPED_OUTER = 'moejax_grouped_outer'
 
 
 @functools.cache
 def missing() -> str:
   """'' where the library is in use, or why it is not; registers its functions once."""
+  if os.environ.get('MOEJAX_CPU') == 'xla':
+    return 'MOEJAX_CPU=xla turns the CPU extension off'
   spec = importlib.util.find_spec('kernels_pallas._cpu')
   if spec is None or spec.origin is None:
     return 'kernels_pallas is without its CPU extension; setup.py builds it with a C++ compiler'
   try:
     library = ctypes.CDLL(spec.origin)
-    for name in (SUBBIT_MATMUL, CODEWORD_MATMUL):
+    for name in (SUBBIT_MATMUL, CODEWORD_MATMUL, GROUPED_PRODUCT, GROUPED_OUTER):
       jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform='cpu')
   except (OSError, AttributeError, jax.errors.JaxRuntimeError) as e:
     return f'{spec.origin} does not go with this jaxlib: {e}'

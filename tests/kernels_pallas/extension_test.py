@@ -25,6 +25,11 @@ def test_it_may_be_missing(anew, monkeypatch):
   assert 'setup.py builds it' in extension.missing()
 
 
+def test_it_may_be_turned_off(anew, monkeypatch):
+  monkeypatch.setenv('MOEJAX_CPU', 'xla')
+  assert 'MOEJAX_CPU=xla' in extension.missing()
+
+
 def test_another_library_is_not_taken(anew, monkeypatch, tmp_path):
   path = tmp_path / '_cpu.so'
   path.write_bytes(b'not a library')

@@ -1,19 +1,24 @@
 """The grouped products against float64 on every case, by every implementation that runs here."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.grouped_matmul import api, cases, gpu, ref, tpu, vjp
+from kernels_pallas.grouped_matmul import api, cases, cpu, gpu, ref, tpu, vjp
 
 
 def interpreted(function):
   return lambda *args, **kwargs: function(*args, **kwargs, interpret=True)
 
 
-PRODUCTS = {'ref': ref.product, 'tpu': interpreted(tpu.product), 'gpu': gpu.product}
-OUTERS = {'ref': ref.outer, 'tpu': interpreted(tpu.outer), 'gpu': gpu.outer}
+assert not cpu.supports(), cpu.supports()
+PRODUCTS = {'ref': ref.product, 'cpu': cpu.product, 'tpu': interpreted(tpu.product), 'gpu': gpu.product}
+OUTERS = {'ref': ref.outer, 'cpu': cpu.outer, 'tpu': interpreted(tpu.outer), 'gpu': gpu.outer}
 CASES = pytest.mark.parametrize('case', cases.CHECKED, ids=lambda c: c.name)
 
 
@@ -40,7 +45,9 @@ def product64(case, x, w):
 
 @pytest.mark.long(but=(
     'ref-one_row', 'ref-no_rows', 'ref-empty_groups', 'ref-all_on_one', 'ref-all_on_the_last',
-    'ref-tails', 'ref-nearly_even', 'ref-whole_tiles', 'ref-every_block', 'tpu-one_row',
+    'ref-tails', 'ref-nearly_even', 'ref-whole_tiles', 'ref-every_block', 'cpu-one_row',
+    'cpu-no_rows', 'cpu-empty_groups', 'cpu-all_on_one', 'cpu-all_on_the_last', 'cpu-tails',
+    'cpu-nearly_even', 'cpu-whole_tiles', 'cpu-every_block', 'tpu-one_row',
     'tpu-no_rows', 'tpu-empty_groups', 'tpu-tails', 'gpu-empty_groups', 'gpu-tails',
 ))
 @CASES
@@ -65,7 +72,7 @@ def test_outer(name, case):
   np.testing.assert_allclose(dw, np.stack(expected), atol=5e-4)
 
 
-@pytest.mark.parametrize('name', ('ref', 'tpu'))
+@pytest.mark.parametrize('name', ('ref', 'cpu', 'tpu'))
 def test_rows_that_belong_to_no_group_do_not_matter(name):
   case = next(c for c in cases.CHECKED if c.name == 'tails')
   x, w, dy, sizes = operands(case)
@@ -82,6 +89,49 @@ def test_bfloat16_is_summed_in_float32(name):
   assert y.dtype == jnp.bfloat16
   exact = product64(case, x, w)
   assert np.abs(np.float64(y) - exact).max() <= 2.0**-8 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize('d,f', ((33, 131), (64, 37), (300, 256)))
+def test_every_height_of_a_tile_on_cpu(d, f):
+  case = cases.Case('heights', (*range(1, 16), 27, 28, 29), 1, d, f)
+  x, w, dy, sizes = operands(case)
+  np.testing.assert_allclose(cpu.product(x, w, sizes), product64(case, x, w), atol=2e-4)
+  x, w, dy = (a.astype(jnp.bfloat16) for a in (x, w, dy))
+  y = cpu.product(x, w, sizes, dtype=jnp.float32)
+  np.testing.assert_allclose(y, product64(case, x, w), atol=2e-4)
+  dx = cpu.product(dy, w, sizes, transpose=True, dtype=jnp.float32)
+  np.testing.assert_allclose(dx, product64(case, dy, np.swapaxes(w, 1, 2)), atol=2e-4)
+
+
+@pytest.mark.parametrize('kind', ('avx512', 'avx2', 'any'))
+def test_every_kind_of_cpu(kind):
+  """Each in a process of its own, which takes the kind where this machine has it."""
+  subprocess.run(
+      [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__, '-k',
+       'cpu and (product or outer or height)'],
+      env={**os.environ, 'MOEJAX_CPU': kind}, check=True, timeout=300,
+  )
+
+
+def test_other_types_go_by_xla():
+  assert 'float16 is neither' in cpu.supports(jnp.float32, jnp.float16)
+  case = cases.Case('half', (5, 3), 1, 16, 24)
+  x, w, _, sizes = operands(case, jnp.float16)
+  y = api.product(jnp.nan_to_num(x), w, sizes)
+  assert y.dtype == jnp.float16
+  np.testing.assert_allclose(y, product64(case, np.nan_to_num(x), w), atol=2e-2)
+
+
+def test_numbers_that_are_none_stay_none_in_bfloat16():
+  x = jnp.array([[np.nan], [np.inf], [-np.inf], [3e38]], jnp.bfloat16)
+  y = cpu.product(x, jnp.ones((1, 1, 1), jnp.bfloat16), jnp.array([4]))
+  np.testing.assert_array_equal(np.float32(y), np.float32(x))
+
+
+def test_sizes_past_the_rows_are_cut():
+  x, w = jnp.ones((3, 2)), jnp.ones((2, 2, 4))
+  y = cpu.product(x, w, jnp.array([2, 9]))
+  np.testing.assert_array_equal(y, jnp.full((3, 4), 2.0))
 
 
 def test_float16_runs_where_the_kernel_knows_only_bfloat16_and_float32():

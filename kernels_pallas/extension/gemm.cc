@@ -1,0 +1,118 @@
+#include "gemm.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+namespace moejax {
+namespace {
+
+// What of the left matrix is laid out at a time stays in the outer caches, a block of the right in
+// the inner ones.
+constexpr int64_t kMostChunk = 1 << 20, kChunkRows = 384, kBlockDepth = 256, kBlockPanels = 4;
+// Few rows: bytes of a column that go at a time, so many that their pages are known to the CPU at
+// once, and columns that are fetched early.
+constexpr int64_t kFewBytes = 64, kAheadColumns = 128;
+
+constexpr int64_t kLine = 64;  // Bytes.
+
+// What is fetched into the cache early.
+struct Ahead {
+  const char* data;
+  int64_t stride;
+};
+
+typedef float V4 __attribute__((vector_size(16)));
+typedef int32_t I4 __attribute__((vector_size(16)));
+#if defined(__clang__)
+#define SHUFFLE(A, B, ...) __builtin_shufflevector(A, B, __VA_ARGS__)
+#else
+#define SHUFFLE(A, B, ...) __builtin_shuffle(A, B, (I4){__VA_ARGS__})
+#endif
+
+// Memory of a thread that is kept from call to call.
+class Scratch {
+ public:
+  float* of(int64_t floats) {
+    constexpr int64_t kAlign = 64;
+    if (static_cast<int64_t>(kept_.size()) < floats + kAlign) kept_.resize(floats + kAlign);
+    const auto at = reinterpret_cast<uintptr_t>(kept_.data());
+    return reinterpret_cast<float*>((at + kAlign - 1) / kAlign * kAlign);
+  }
+
+ private:
+  std::vector<float> kept_;
+};
+
+inline float widen(float value) { return value; }
+
+inline float widen(uint16_t half) {
+  const uint32_t bits = uint32_t{half} << 16;
+  float value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+// To the nearest, of two the even one; what is no number stays none.
+inline uint16_t narrow(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if ((bits & 0x7FFFFFFF) > 0x7F800000) return (bits >> 16) | 0x40;
+  return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
+}
+
+// Begins of `parts` parts of nearly one size.
+inline int64_t begin_of(int64_t part, int64_t parts, int64_t whole) { return whole * part / parts; }
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+#if defined(__x86_64__) && defined(__GNUC__)
+namespace avx512 {
+#define TARGET __attribute__((target("avx512f,fma")))
+constexpr int kWidth = 16, kMostRows = 14, kLanes = 16;
+#include "gemm_tiles.h"
+#undef TARGET
+}  // namespace avx512
+
+namespace avx2 {
+#define TARGET __attribute__((target("avx2,fma")))
+constexpr int kWidth = 8, kMostRows = 6, kLanes = 8;
+#include "gemm_tiles.h"
+#undef TARGET
+}  // namespace avx2
+#endif
+
+namespace any {
+#define TARGET
+constexpr int kWidth = 4, kMostRows = 6, kLanes = 8;
+#include "gemm_tiles.h"
+#undef TARGET
+}  // namespace any
+
+using Multiply = decltype(&any::multiply);
+
+// The best that this CPU has, or what the environment asks for and it has.
+Multiply best() {
+  const char* asked = std::getenv("MOEJAX_CPU");
+  const auto wanted = [&](const char* kind) {
+    return !asked || !*asked || std::strcmp(asked, kind) == 0;
+  };
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (wanted("avx512") && __builtin_cpu_supports("avx512f")) return avx512::multiply;
+  const bool fused = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (wanted("avx2") && fused) return avx2::multiply;
+#endif
+  return any::multiply;
+}
+
+}  // namespace
+
+void multiply(const Operand& a, const Operand& b, int64_t rows, int64_t columns, int64_t depth,
+              const Output& out) {
+  static const Multiply chosen = best();
+  chosen(a, b, rows, columns, depth, out);
+}
+
+}  // namespace moejax

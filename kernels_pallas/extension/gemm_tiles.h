@@ -1,0 +1,302 @@
+// Included once for each kind of CPU, in a namespace that defines kWidth floats a vector, kMostRows
+// rows a tile, kLanes places that a packed row of them takes, and TARGET, the attribute that lets
+// a function use the kind's instructions.
+
+typedef float Vector __attribute__((vector_size(kWidth * 4)));
+typedef uint32_t Bits __attribute__((vector_size(kWidth * 4)));
+typedef uint16_t Halves __attribute__((vector_size(kWidth * 2)));
+
+constexpr int kPanelVectors = 2, kPanel = kPanelVectors * kWidth;
+constexpr int kMostSums = kMostRows * kPanelVectors;
+
+TARGET inline void load(const float* from, Vector& to) { std::memcpy(&to, from, sizeof(to)); }
+
+TARGET inline void load(const uint16_t* from, Vector& to) {
+  Halves halves;
+  std::memcpy(&halves, from, sizeof(halves));
+  const Bits bits = __builtin_convertvector(halves, Bits) << 16;
+  std::memcpy(&to, &bits, sizeof(to));
+}
+
+// c [kRows][kVectors * kWidth] = or += the product of a [depth][kLanes] and b [depth][b_row].
+// Meanwhile it fetches what lies `stride` bytes apart from `ahead` on, a line for each k.
+template <int kVectors, typename B, int kRows>
+TARGET void tile(const float* a, const B* b, int64_t b_row, int64_t depth, float* c, int64_t c_row,
+                 bool add, const Ahead& ahead) {
+  Vector sum[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      if (add) {
+        load(c + r * c_row + v * kWidth, sum[r][v]);
+      } else {
+        sum[r][v] = Vector{};
+      }
+    }
+  }
+  const char* next = ahead.data;
+  for (int64_t k = 0; k < depth; ++k, a += kLanes, b += b_row, next += ahead.stride) {
+    Vector right[kVectors];
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      load(b + v * kWidth, right[v]);
+    }
+    __builtin_prefetch(next);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+      for (int v = 0; v < kVectors; ++v) sum[r][v] += a[r] * right[v];
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+    for (int v = 0; v < kVectors; ++v) {
+      std::memcpy(c + r * c_row + v * kWidth, &sum[r][v], sizeof(Vector));
+    }
+  }
+}
+
+template <typename B>
+using Tile = void (*)(const float*, const B*, int64_t, int64_t, float*, int64_t, bool,
+                      const Ahead&);
+
+template <int kVectors, typename B, int... kRows>
+inline Tile<B> tile_of(int64_t rows, std::integer_sequence<int, kRows...>) {
+  static constexpr Tile<B> kTiles[] = {tile<kVectors, B, kRows + 1>...};
+  return kTiles[rows - 1];
+}
+
+// The tile of so many rows, at most kMostSums / kVectors.
+template <int kVectors, typename B>
+inline Tile<B> tile_of(int64_t rows) {
+  return tile_of<kVectors, B>(rows, std::make_integer_sequence<int, kMostSums / kVectors>());
+}
+
+// The four rows at `from`, each `stride` after the one before, as columns at `to`.
+TARGET inline void transpose_4(const float* from, int64_t stride, float* to, int64_t width) {
+  V4 a, b, c, d;
+  std::memcpy(&a, from, 16);
+  std::memcpy(&b, from + stride, 16);
+  std::memcpy(&c, from + 2 * stride, 16);
+  std::memcpy(&d, from + 3 * stride, 16);
+  const V4 ab_low = SHUFFLE(a, b, 0, 4, 1, 5), ab_high = SHUFFLE(a, b, 2, 6, 3, 7);
+  const V4 cd_low = SHUFFLE(c, d, 0, 4, 1, 5), cd_high = SHUFFLE(c, d, 2, 6, 3, 7);
+  const V4 out[4] = {SHUFFLE(ab_low, cd_low, 0, 1, 4, 5), SHUFFLE(ab_low, cd_low, 2, 3, 6, 7),
+                     SHUFFLE(ab_high, cd_high, 0, 1, 4, 5), SHUFFLE(ab_high, cd_high, 2, 3, 6, 7)};
+  for (int i = 0; i < 4; ++i) std::memcpy(to + i * width, &out[i], 16);
+}
+
+TARGET inline void transpose_4(const uint16_t* from, int64_t stride, float* to, int64_t width) {
+  for (int k = 0; k < 4; ++k) {
+    for (int i = 0; i < 4; ++i) to[k * width + i] = widen(from[i * stride + k]);
+  }
+}
+
+// to [depth][width] from the matrix of `lanes` lanes at `from`, zeros past them.
+template <typename T>
+TARGET void pack(const T* from, int64_t lane, int64_t stride, int64_t lanes, int64_t depth,
+                 float* to, int64_t width) {
+  if (lanes < width) {
+    for (int64_t k = 0; k < depth; ++k) {
+      std::memset(to + k * width + lanes, 0, (width - lanes) * sizeof(float));
+    }
+  }
+  int64_t i = 0;
+  if (lane == 1) {
+    for (int64_t k = 0; k < depth; ++k) {
+      const T* row = from + k * stride;
+      float* packed = to + k * width;
+      for (i = 0; i + kWidth <= lanes; i += kWidth) {
+        Vector part;
+        load(row + i, part);
+        std::memcpy(packed + i, &part, sizeof(part));
+      }
+      for (; i < lanes; ++i) packed[i] = widen(row[i]);
+    }
+    return;
+  }
+  const int64_t fours = stride == 1 ? depth / 4 * 4 : 0;
+  for (; i + 4 <= lanes && fours; i += 4) {
+    for (int64_t k = 0; k < fours; k += 4) {
+      transpose_4(from + i * lane + k, lane, to + k * width + i, width);
+    }
+    for (int64_t k = fours; k < depth; ++k) {
+      for (int64_t j = i; j < i + 4; ++j) to[k * width + j] = widen(from[j * lane + k * stride]);
+    }
+  }
+  for (; i < lanes; ++i) {
+    for (int64_t k = 0; k < depth; ++k) to[k * width + i] = widen(from[i * lane + k * stride]);
+  }
+}
+
+TARGET void pack(const Operand& from, int64_t first, int64_t lanes, int64_t k, int64_t depth,
+                 float* to, int64_t width) {
+  const int64_t at = first * from.lane + k * from.depth;
+  if (from.half) {
+    pack(static_cast<const uint16_t*>(from.data) + at, from.lane, from.depth, lanes, depth, to,
+         width);
+  } else {
+    pack(static_cast<const float*>(from.data) + at, from.lane, from.depth, lanes, depth, to, width);
+  }
+}
+
+// Copies c [rows][c_row] to the output.
+TARGET inline void write(const float* c, int64_t c_row, int64_t rows, int64_t columns,
+                         const Output& out) {
+  for (int64_t i = 0; i < rows; ++i) {
+    const float* row = c + i * c_row;
+    if (out.half) {
+      uint16_t* to = static_cast<uint16_t*>(out.data) + i * out.row;
+      for (int64_t j = 0; j < columns; ++j) to[j] = narrow(row[j]);
+    } else {
+      std::memcpy(static_cast<float*>(out.data) + i * out.row, row, columns * sizeof(float));
+    }
+  }
+}
+
+// Rows of the left matrix as tiles of nearly one height, [tiles][depth][kLanes].
+struct Left {
+  const float* data;
+  int64_t rows, depth, tiles;
+
+  int64_t begin(int64_t t) const { return begin_of(t, tiles, rows); }
+  const float* tile(int64_t t, int64_t k) const { return data + (t * depth + k) * kLanes; }
+};
+
+Left pack_left(const Operand& a, int64_t rows, int64_t depth, Scratch& memory) {
+  const int64_t tiles = ceil_div(rows, kMostRows);
+  float* data = memory.of(tiles * depth * kLanes);
+  const Left left{data, rows, depth, tiles};
+  for (int64_t t = 0; t < tiles; ++t) {
+    const int64_t height = left.begin(t + 1) - left.begin(t);
+    pack(a, left.begin(t), height, 0, depth, data + t * depth * kLanes, kLanes);
+  }
+  return left;
+}
+
+// As many columns as vectors of the right matrix fill, where it lies; returns how many.
+template <int kVectors, typename B>
+int64_t in_place(const float* a, const B* b, int64_t b_row, int64_t rows, int64_t columns,
+                 int64_t depth, float* c, int64_t c_row, bool add) {
+  const Tile<B> product = tile_of<kVectors, B>(rows);
+  constexpr int64_t kColumns = kVectors * kWidth;
+  int64_t j = 0;
+  for (; j + kColumns <= columns; j += kColumns) {
+    const Ahead ahead{reinterpret_cast<const char*>(b + j + kAheadColumns),
+                      b_row * static_cast<int64_t>(sizeof(B))};
+    product(a, b + j, b_row, depth, c + j, c_row, add, ahead);
+  }
+  return j;
+}
+
+// One tile of rows: the right matrix is read once, where it lies, some rows of it at a time.
+template <typename B>
+void one_tile(const Left& left, const Operand& b, int64_t columns, float* c, int64_t c_row,
+              Scratch& memory) {
+  constexpr int64_t kDepth = kFewBytes / sizeof(B);
+  const int64_t rows = left.rows;
+  int64_t j = 0;
+  for (int64_t k = 0; k < left.depth; k += kDepth) {
+    const int64_t deep = std::min(kDepth, left.depth - k);
+    const B* from = static_cast<const B*>(b.data) + k * b.depth;
+    const float* a = left.tile(0, k);
+    const bool add = k > 0;
+    j = 0;
+    if (rows * 8 <= kMostSums) {
+      j += in_place<8>(a, from, b.depth, rows, columns, deep, c, c_row, add);
+    }
+    if (rows * 4 <= kMostSums) {
+      j += in_place<4>(a, from + j, b.depth, rows, columns - j, deep, c + j, c_row, add);
+    }
+    j += in_place<2>(a, from + j, b.depth, rows, columns - j, deep, c + j, c_row, add);
+  }
+  if (j == columns) return;
+  float* packed = memory.of(left.depth * kPanel);
+  pack(b, j, columns - j, 0, left.depth, packed, kPanel);
+  tile_of<kPanelVectors, float>(rows)(left.data, packed, kPanel, left.depth, c + j, c_row, false,
+                                      Ahead{reinterpret_cast<const char*>(packed), 0});
+}
+
+// The lines of the next block of the right matrix, dealt to the tiles of this one.
+class Fetch {
+ public:
+  // A block of `depth` by `columns` from element (i, k) on, fetched by `tiles` tiles.
+  Fetch(const Operand& b, int64_t i, int64_t k, int64_t depth, int64_t columns, int64_t tiles)
+      : tiles_(tiles) {
+    const int64_t size = b.half ? 2 : 4, run = b.lane == 1 ? columns : depth;
+    next_ = {static_cast<const char*>(b.data) + (i * b.lane + k * b.depth) * size,
+             (b.lane == 1 ? b.depth : b.lane) * size};
+    lines_ = ceil_div(run * size, kLine);
+  }
+
+  // What the next tile fetches: nothing but the line at `idle` where its turn has not come.
+  Ahead turn(const void* idle) {
+    const bool due = fetched_ < lines_ && fetched_ * tiles_ <= turns_++ * lines_;
+    if (!due) return {static_cast<const char*>(idle), 0};
+    return {next_.data + kLine * fetched_++, next_.stride};
+  }
+
+ private:
+  Ahead next_;
+  int64_t tiles_, lines_, fetched_ = 0, turns_ = 0;
+};
+
+// Columns [j, j + width) of many rows: c [rows][c_row].
+void many_tiles(const Left& left, const Operand& b, int64_t j, int64_t width, int64_t columns,
+                float* c, int64_t c_row, Scratch& memory) {
+  const int64_t blocks = std::max<int64_t>(ceil_div(left.depth, kBlockDepth), 1);
+  const int64_t panels = ceil_div(width, kPanel);
+  float* packed = memory.of(ceil_div(left.depth, blocks) * panels * kPanel);
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t k = begin_of(block, blocks, left.depth);
+    const int64_t end = begin_of(block + 1, blocks, left.depth), deep = end - k;
+    for (int64_t p = 0; p < panels; ++p) {
+      pack(b, j + p * kPanel, std::min<int64_t>(kPanel, width - p * kPanel), k, deep,
+           packed + p * deep * kPanel, kPanel);
+    }
+    const bool last = block + 1 == blocks;
+    Fetch fetch(b, last ? std::min(j + width, columns - 1) : j, last ? 0 : end, deep, width,
+                panels * left.tiles);
+    for (int64_t p = 0; p < panels; ++p) {
+      const float* panel = packed + p * deep * kPanel;
+      for (int64_t t = 0; t < left.tiles; ++t) {
+        const int64_t begin = left.begin(t);
+        tile_of<kPanelVectors, float>(left.begin(t + 1) - begin)(
+            left.tile(t, k), panel, kPanel, deep, c + begin * c_row + p * kPanel, c_row, block > 0,
+            fetch.turn(panel));
+      }
+    }
+  }
+}
+
+void multiply(const Operand& a, const Operand& b, int64_t all_rows, int64_t columns, int64_t depth,
+              const Output& all) {
+  static thread_local Scratch lefts, rights, sums;
+  const int64_t fit = std::max<int64_t>(kMostRows, kMostChunk / std::max<int64_t>(depth, 1));
+  const int64_t chunks = ceil_div(all_rows, std::min(fit, kChunkRows));
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t first = begin_of(chunk, chunks, all_rows);
+    const int64_t rows = begin_of(chunk + 1, chunks, all_rows) - first;
+    const Left left = pack_left(a.from(first), rows, depth, lefts);
+    const Output out = all.from(first, 0);
+    const bool once = left.tiles == 1 && b.lane == 1;
+    const int64_t wide = once ? columns : kBlockPanels * kPanel;
+    for (int64_t j = 0; j < columns; j += wide) {
+      const int64_t width = std::min(wide, columns - j);
+      const Output part = out.from(0, j);
+      // Whole vectors of float32 are summed where they belong.
+      const bool there = !part.half && width % kPanel == 0;
+      const int64_t c_row = there ? part.row : ceil_div(width, kPanel) * kPanel;
+      float* c = there ? static_cast<float*>(part.data) : sums.of(rows * c_row);
+      if (once) {
+        const auto product = b.half ? one_tile<uint16_t> : one_tile<float>;
+        product(left, b, columns, c, c_row, rights);
+      } else {
+        many_tiles(left, b, j, width, columns, c, c_row, rights);
+      }
+      if (!there) write(c, c_row, rows, width, part);
+    }
+  }
+}
