@@ -16,7 +16,7 @@ constexpr int64_t kMostChunk = 1 << 20, kChunkRows = 384, kBlockDepth = 256, kBl
 // once, and columns that are fetched early.
 constexpr int64_t kFewBytes = 64, kAheadColumns = 128;
 
-constexpr int64_t kLine = 64;  // Bytes.
+constexpr int kLine = 64;  // Bytes.
 
 // What is fetched into the cache early.
 struct Ahead {

@@ -23,6 +23,9 @@ TARGET inline void load(const uint16_t* from, Vector& to) {
 template <int kVectors, typename B, int kRows>
 TARGET void tile(const float* a, const B* b, int64_t b_row, int64_t depth, float* c, int64_t c_row,
                  bool add, const Ahead& ahead) {
+  // A panel's tile has one line to fetch for each k, a wider one those beside what it reads.
+  constexpr int kFetched =
+      kVectors > kPanelVectors ? kVectors * kWidth * static_cast<int>(sizeof(B)) / kLine : 1;
   Vector sum[kRows][kVectors];
 #pragma GCC unroll 16
   for (int r = 0; r < kRows; ++r) {
@@ -42,7 +45,7 @@ TARGET void tile(const float* a, const B* b, int64_t b_row, int64_t depth, float
     for (int v = 0; v < kVectors; ++v) {
       load(b + v * kWidth, right[v]);
     }
-    __builtin_prefetch(next);
+    for (int line = 0; line < kFetched; ++line) __builtin_prefetch(next + line * kLine, 0, 2);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
@@ -74,13 +77,13 @@ inline Tile<B> tile_of(int64_t rows) {
   return tile_of<kVectors, B>(rows, std::make_integer_sequence<int, kMostSums / kVectors>());
 }
 
-// The four rows at `from`, each `stride` after the one before, as columns at `to`.
-TARGET inline void transpose_4(const float* from, int64_t stride, float* to, int64_t width) {
+// Four elements of each of the rows, as columns at `to`.
+TARGET inline void transpose_4(const float* const* rows, int64_t k, float* to, int64_t width) {
   V4 a, b, c, d;
-  std::memcpy(&a, from, 16);
-  std::memcpy(&b, from + stride, 16);
-  std::memcpy(&c, from + 2 * stride, 16);
-  std::memcpy(&d, from + 3 * stride, 16);
+  std::memcpy(&a, rows[0] + k, 16);
+  std::memcpy(&b, rows[1] + k, 16);
+  std::memcpy(&c, rows[2] + k, 16);
+  std::memcpy(&d, rows[3] + k, 16);
   const V4 ab_low = SHUFFLE(a, b, 0, 4, 1, 5), ab_high = SHUFFLE(a, b, 2, 6, 3, 7);
   const V4 cd_low = SHUFFLE(c, d, 0, 4, 1, 5), cd_high = SHUFFLE(c, d, 2, 6, 3, 7);
   const V4 out[4] = {SHUFFLE(ab_low, cd_low, 0, 1, 4, 5), SHUFFLE(ab_low, cd_low, 2, 3, 6, 7),
@@ -88,47 +91,50 @@ TARGET inline void transpose_4(const float* from, int64_t stride, float* to, int
   for (int i = 0; i < 4; ++i) std::memcpy(to + i * width, &out[i], 16);
 }
 
-TARGET inline void transpose_4(const uint16_t* from, int64_t stride, float* to, int64_t width) {
-  for (int k = 0; k < 4; ++k) {
-    for (int i = 0; i < 4; ++i) to[k * width + i] = widen(from[i * stride + k]);
+TARGET inline void transpose_4(const uint16_t* const* rows, int64_t k, float* to, int64_t width) {
+  for (int j = 0; j < 4; ++j) {
+    for (int i = 0; i < 4; ++i) to[j * width + i] = widen(rows[i][k + j]);
   }
 }
 
-// to [depth][width] from the matrix of `lanes` lanes at `from`, zeros past them.
+// Lanes that lie along k: rows become columns. Places past the lanes repeat the last of them.
+template <typename T>
+TARGET void pack_rows(const T* from, int64_t lane, int64_t lanes, int64_t depth, float* to,
+                      int64_t width) {
+  constexpr int kMostWidth = kLanes > kPanel ? kLanes : kPanel;
+  const T* rows[kMostWidth];
+  for (int64_t i = 0; i < width; ++i) rows[i] = from + std::min(i, lanes - 1) * lane;
+  int64_t k = 0;
+  for (; k + 4 <= depth; k += 4) {
+    for (int64_t i = 0; i < width; i += 4) transpose_4(rows + i, k, to + k * width + i, width);
+  }
+  for (; k < depth; ++k) {
+    for (int64_t i = 0; i < width; ++i) to[k * width + i] = widen(rows[i][k]);
+  }
+}
+
+// Lanes that lie beside each other, zeros past them.
+template <typename T>
+TARGET void pack_columns(const T* from, int64_t stride, int64_t lanes, int64_t depth, float* to,
+                         int64_t width) {
+  for (int64_t k = 0; k < depth; ++k, from += stride, to += width) {
+    int64_t i = 0;
+    for (; i + kWidth <= lanes; i += kWidth) {
+      Vector part;
+      load(from + i, part);
+      std::memcpy(to + i, &part, sizeof(part));
+    }
+    for (; i < lanes; ++i) to[i] = widen(from[i]);
+    for (; i < width; ++i) to[i] = 0;
+  }
+}
+
+// to [depth][width] from `lanes` lanes of the matrix at `from`.
 template <typename T>
 TARGET void pack(const T* from, int64_t lane, int64_t stride, int64_t lanes, int64_t depth,
                  float* to, int64_t width) {
-  if (lanes < width) {
-    for (int64_t k = 0; k < depth; ++k) {
-      std::memset(to + k * width + lanes, 0, (width - lanes) * sizeof(float));
-    }
-  }
-  int64_t i = 0;
-  if (lane == 1) {
-    for (int64_t k = 0; k < depth; ++k) {
-      const T* row = from + k * stride;
-      float* packed = to + k * width;
-      for (i = 0; i + kWidth <= lanes; i += kWidth) {
-        Vector part;
-        load(row + i, part);
-        std::memcpy(packed + i, &part, sizeof(part));
-      }
-      for (; i < lanes; ++i) packed[i] = widen(row[i]);
-    }
-    return;
-  }
-  const int64_t fours = stride == 1 ? depth / 4 * 4 : 0;
-  for (; i + 4 <= lanes && fours; i += 4) {
-    for (int64_t k = 0; k < fours; k += 4) {
-      transpose_4(from + i * lane + k, lane, to + k * width + i, width);
-    }
-    for (int64_t k = fours; k < depth; ++k) {
-      for (int64_t j = i; j < i + 4; ++j) to[k * width + j] = widen(from[j * lane + k * stride]);
-    }
-  }
-  for (; i < lanes; ++i) {
-    for (int64_t k = 0; k < depth; ++k) to[k * width + i] = widen(from[i * lane + k * stride]);
-  }
+  if (lane == 1) return pack_columns(from, stride, lanes, depth, to, width);
+  pack_rows(from, lane, lanes, depth, to, width);
 }
 
 TARGET void pack(const Operand& from, int64_t first, int64_t lanes, int64_t k, int64_t depth,
@@ -180,13 +186,18 @@ Left pack_left(const Operand& a, int64_t rows, int64_t depth, Scratch& memory) {
 template <int kVectors, typename B>
 int64_t in_place(const float* a, const B* b, int64_t b_row, int64_t rows, int64_t columns,
                  int64_t depth, float* c, int64_t c_row, bool add) {
-  const Tile<B> product = tile_of<kVectors, B>(rows);
   constexpr int64_t kColumns = kVectors * kWidth;
+  const int64_t parts = ceil_div(rows, kMostSums / kVectors);
   int64_t j = 0;
   for (; j + kColumns <= columns; j += kColumns) {
-    const Ahead ahead{reinterpret_cast<const char*>(b + j + kAheadColumns),
-                      b_row * static_cast<int64_t>(sizeof(B))};
-    product(a, b + j, b_row, depth, c + j, c_row, add, ahead);
+    Ahead ahead{reinterpret_cast<const char*>(b + j + kAheadColumns),
+                b_row * static_cast<int64_t>(sizeof(B))};
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t begin = begin_of(part, parts, rows), end = begin_of(part + 1, parts, rows);
+      tile_of<kVectors, B>(end - begin)(a + begin, b + j, b_row, depth, c + begin * c_row + j,
+                                        c_row, add, ahead);
+      ahead.stride = 0;
+    }
   }
   return j;
 }
@@ -195,11 +206,12 @@ int64_t in_place(const float* a, const B* b, int64_t b_row, int64_t rows, int64_
 template <typename B>
 void one_tile(const Left& left, const Operand& b, int64_t columns, float* c, int64_t c_row,
               Scratch& memory) {
-  constexpr int64_t kDepth = kFewBytes / sizeof(B);
-  const int64_t rows = left.rows;
+  // Rows a multiple of 4096 bytes apart share the places of a cache of eight ways.
+  const bool apart = b.depth * static_cast<int64_t>(sizeof(B)) % 4096 == 0;
+  const int64_t most = apart ? 8 : kFewBytes / sizeof(B), rows = left.rows;
   int64_t j = 0;
-  for (int64_t k = 0; k < left.depth; k += kDepth) {
-    const int64_t deep = std::min(kDepth, left.depth - k);
+  for (int64_t k = 0; k < left.depth; k += most) {
+    const int64_t deep = std::min(most, left.depth - k);
     const B* from = static_cast<const B*>(b.data) + k * b.depth;
     const float* a = left.tile(0, k);
     const bool add = k > 0;
@@ -207,9 +219,7 @@ void one_tile(const Left& left, const Operand& b, int64_t columns, float* c, int
     if (rows * 8 <= kMostSums) {
       j += in_place<8>(a, from, b.depth, rows, columns, deep, c, c_row, add);
     }
-    if (rows * 4 <= kMostSums) {
-      j += in_place<4>(a, from + j, b.depth, rows, columns - j, deep, c + j, c_row, add);
-    }
+    j += in_place<4>(a, from + j, b.depth, rows, columns - j, deep, c + j, c_row, add);
     j += in_place<2>(a, from + j, b.depth, rows, columns - j, deep, c + j, c_row, add);
   }
   if (j == columns) return;

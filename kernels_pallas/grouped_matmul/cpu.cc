@@ -14,8 +14,8 @@ namespace ffi = xla::ffi;
 namespace moejax {
 namespace {
 
-// Rows and columns that one unit of work is worth dividing into.
-constexpr int64_t kUnitRows = 384, kLeastRows = 192, kLeastColumns = 128;
+// Rows and columns that a unit of work has at most and at least, and rows that read the matrix once.
+constexpr int64_t kUnitRows = 384, kLeastRows = 192, kLeastColumns = 128, kFewRows = 14;
 
 bool is_half(const ffi::AnyBuffer& buffer) { return buffer.element_type() == ffi::BF16; }
 
@@ -64,9 +64,12 @@ std::vector<Group> groups_of(const S32& sizes, int64_t rows) {
   return groups;
 }
 
-// Units for each thread, so that all end together.
-int64_t wanted_units(const ffi::ThreadPool& pool) {
-  return pool.num_threads() > 1 ? 4 * pool.num_threads() : 1;
+// Units wanted of one of `groups` groups: so many that all threads end together, but of few rows
+// one for each thread, since a matrix is read fastest in whole rows.
+int64_t wanted_units(const ffi::ThreadPool& pool, int64_t groups, int64_t rows) {
+  const int64_t threads = pool.num_threads();
+  if (threads < 2) return 1;
+  return ((rows > kFewRows ? 4 * threads : threads) + groups - 1) / groups;
 }
 
 // x [m][d], w [e][d][f] or with `transpose` [e][f][d]; y [m][f].
@@ -84,8 +87,7 @@ ffi::Error product(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer w, S32
   std::vector<Unit> units;
   for (const Group& group : groups) {
     if (group.rows == 0) continue;
-    divide(group.index, group.first, group.rows, f, (wanted_units(pool) + active - 1) / active,
-           units);
+    divide(group.index, group.first, group.rows, f, wanted_units(pool, active, group.rows), units);
   }
   const Operand left{x.untyped_data(), is_half(x), d, 1};
   share(pool, units.size(), [&](int64_t i) {
@@ -107,7 +109,7 @@ ffi::Error outer(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::AnyBuffer dy, S32 
   const int64_t count = groups.size();
   std::vector<Unit> units;
   for (const Group& group : groups) {
-    divide(group.index, 0, d, f, (wanted_units(pool) + count - 1) / count, units);
+    divide(group.index, 0, d, f, wanted_units(pool, count, d), units);
   }
   const Operand left{x.untyped_data(), is_half(x), 1, d};
   const Operand right{dy.untyped_data(), is_half(dy), 1, f};
