@@ -15,11 +15,8 @@ def codeword_matmul(
     levels_er2: jax.Array, entries_tuk: jax.Array, group_sizes_e: jax.Array, *, block_rows: int,
 ) -> jax.Array:
   """See `api.codeword_matmul`."""
-  call = jax.ffi.ffi_call(
-      extension.CODEWORD_MATMUL,
-      jax.ShapeDtypeStruct((x_md.shape[0], levels_er2.shape[1]), jnp.float32),
-      vmap_method='sequential',
-  )
+  out = jax.ShapeDtypeStruct((x_md.shape[0], levels_er2.shape[1]), jnp.float32)
+  call = extension.call(extension.CODEWORD_MATMUL, out)
   y_mf = call(
       x_md.astype(jnp.float32).T, words_sw, offsets_eb, table_e, extension.values(levels_er2),
       entries_tuk, group_sizes_e, block_rows=np.int64(block_rows),

@@ -8,10 +8,12 @@ The environment variable MOEJAX_CPU says what is used: 'xla' for none of it, 'av
 'any' for one kind of CPU's products of matrices. By default the best that the CPU has.
 """
 
+from collections.abc import Callable
 import ctypes
 import functools
 import importlib.util
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +22,11 @@ SUBBIT_MATMUL = 'moejax_subbit_matmul'
 CODEWORD_MATMUL = 'moejax_codeword_matmul'
 GROUPED_PRODUCT = 'moejax_grouped_product'
 GROUPED_OUTER = 'moejax_grouped_outer'
+PACKED_MATMUL = 'moejax_packed_matmul'
+TERNARY_MATMUL = 'moejax_ternary_matmul'
+FUNCTIONS = (
+    SUBBIT_MATMUL, CODEWORD_MATMUL, GROUPED_PRODUCT, GROUPED_OUTER, PACKED_MATMUL, TERNARY_MATMUL,
+)
 
 
 @functools.cache
@@ -32,7 +39,7 @@ def missing() -> str:
     return 'kernels_pallas is without its CPU extension; setup.py builds it with a C++ compiler'
   try:
     library = ctypes.CDLL(spec.origin)
-    for name in (SUBBIT_MATMUL, CODEWORD_MATMUL, GROUPED_PRODUCT, GROUPED_OUTER):
+    for name in FUNCTIONS:
       jax.ffi.register_ffi_target(name, jax.ffi.pycapsule(getattr(library, name)), platform='cpu')
   except (OSError, AttributeError, jax.errors.JaxRuntimeError) as e:
     return f'{spec.origin} does not go with this jaxlib: {e}'
@@ -42,3 +49,23 @@ def missing() -> str:
 def values(a: jax.Array) -> jax.Array:
   """Levels as the library reads them: bfloat16 as it is, else float32."""
   return a if a.dtype == jnp.bfloat16 else a.astype(jnp.float32)
+
+
+def call(name: str, out: jax.ShapeDtypeStruct) -> Callable[..., jax.Array]:
+  """The function of the library that returns `out`.
+
+  Raises:
+    RuntimeError: the library is missing.
+  """
+  if reason := missing():
+    raise RuntimeError(reason)
+  return jax.ffi.ffi_call(name, out, vmap_method='sequential')
+
+
+def without(*dtypes: Any) -> str:
+  """'' where the library is in use and multiplies arrays of these types, or why it does not."""
+  if reason := missing():
+    return reason
+  known = (jnp.float32, jnp.bfloat16)
+  other = [dtype for dtype in map(jnp.dtype, dtypes) if dtype not in known]
+  return f'{other[0]} is neither float32 nor bfloat16' if other else ''

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -63,6 +64,14 @@ inline uint16_t narrow(float value) {
   return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
 }
 
+// Inputs that a right matrix is divided between.
+template <typename Right>
+constexpr int64_t kUnit = 1;
+template <>
+constexpr int64_t kUnit<Packed> = 32;
+template <>
+constexpr int64_t kUnit<Ternary> = 256;
+
 // Begins of `parts` parts of nearly one size.
 inline int64_t begin_of(int64_t part, int64_t parts, int64_t whole) { return whole * part / parts; }
 
@@ -91,28 +100,35 @@ constexpr int kWidth = 4, kMostRows = 6, kLanes = 8;
 #undef TARGET
 }  // namespace any
 
-using Multiply = decltype(&any::multiply);
+template <typename Right>
+using Multiply = void (*)(const Operand&, const Right&, int64_t, int64_t, int64_t, const Output&);
 
 // The best that this CPU has, or what the environment asks for and it has.
-Multiply best() {
+template <typename Right>
+Multiply<Right> best() {
   const char* asked = std::getenv("MOEJAX_CPU");
   const auto wanted = [&](const char* kind) {
     return !asked || !*asked || std::strcmp(asked, kind) == 0;
   };
 #if defined(__x86_64__) && defined(__GNUC__)
-  if (wanted("avx512") && __builtin_cpu_supports("avx512f")) return avx512::multiply;
+  if (wanted("avx512") && __builtin_cpu_supports("avx512f")) return avx512::multiply<Right>;
   const bool fused = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  if (wanted("avx2") && fused) return avx2::multiply;
+  if (wanted("avx2") && fused) return avx2::multiply<Right>;
 #endif
-  return any::multiply;
+  return any::multiply<Right>;
 }
 
 }  // namespace
 
-void multiply(const Operand& a, const Operand& b, int64_t rows, int64_t columns, int64_t depth,
-              const Output& out) {
-  static const Multiply chosen = best();
-  chosen(a, b, rows, columns, depth, out);
-}
+#define DEFINE_MULTIPLY(RIGHT)                                                               \
+  void multiply(const Operand& a, const RIGHT& b, int64_t rows, int64_t columns,             \
+                int64_t depth, const Output& out) {                                          \
+    static const Multiply<RIGHT> chosen = best<RIGHT>();                                     \
+    chosen(a, b, rows, columns, depth, out);                                                 \
+  }
+
+DEFINE_MULTIPLY(Operand)
+DEFINE_MULTIPLY(Packed)
+DEFINE_MULTIPLY(Ternary)
 
 }  // namespace moejax

@@ -19,6 +19,40 @@ struct Operand {
   }
 };
 
+// A right matrix in symbols of 2, 3, 4 or 8 bits, as `packed_matmul/layout.py` packs them: element
+// (j, k) is scale(j, group of k) * (symbol - zero(j, group of k)).
+struct Packed {
+  const uint32_t* words;  // [words][columns], of which this matrix begins at one.
+  int64_t columns, inputs, bits;
+  const void *scale, *zero;  // [columns][groups].
+  bool half;
+  int64_t groups, group_size;  // 0 where there is one group.
+
+  Packed from(int64_t j) const {
+    Packed part = *this;
+    const int64_t skipped = j * groups * (half ? 2 : 4);
+    part.words += j;
+    part.scale = static_cast<const char*>(scale) + skipped;
+    part.zero = static_cast<const char*>(zero) + skipped;
+    return part;
+  }
+};
+
+// A right matrix of two levels and zeros, two bits a weight as in `ternary_matmul/layout.py`.
+struct Ternary {
+  const uint32_t* words;  // [words][columns], of which this matrix begins at one.
+  int64_t columns;
+  const void *low, *high;  // Of each column; low is 0 for minus high.
+  bool half;
+
+  Ternary from(int64_t j) const {
+    const auto skip = [&](const void* levels) -> const void* {
+      return levels ? static_cast<const char*>(levels) + j * (half ? 2 : 4) : nullptr;
+    };
+    return {words + j, columns, skip(low), skip(high), half};
+  }
+};
+
 // A matrix whose element (i, j) is data[i * row + j].
 struct Output {
   void* data;
@@ -32,6 +66,10 @@ struct Output {
 
 // out(i, j) = sum over k < depth of a(i, k) b(j, k), for i < rows and j < columns.
 void multiply(const Operand& a, const Operand& b, int64_t rows, int64_t columns, int64_t depth,
+              const Output& out);
+void multiply(const Operand& a, const Packed& b, int64_t rows, int64_t columns, int64_t depth,
+              const Output& out);
+void multiply(const Operand& a, const Ternary& b, int64_t rows, int64_t columns, int64_t depth,
               const Output& out);
 
 }  // namespace moejax

@@ -26,18 +26,7 @@ TARGET void tile(const float* a, const B* b, int64_t b_row, int64_t depth, float
   // A panel's tile has one line to fetch for each k, a wider one those beside what it reads.
   constexpr int kFetched =
       kVectors > kPanelVectors ? kVectors * kWidth * static_cast<int>(sizeof(B)) / kLine : 1;
-  Vector sum[kRows][kVectors];
-#pragma GCC unroll 16
-  for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) {
-      if (add) {
-        load(c + r * c_row + v * kWidth, sum[r][v]);
-      } else {
-        sum[r][v] = Vector{};
-      }
-    }
-  }
+  Vector sum[kRows][kVectors] = {};
   const char* next = ahead.data;
   for (int64_t k = 0; k < depth; ++k, a += kLanes, b += b_row, next += ahead.stride) {
     Vector right[kVectors];
@@ -56,7 +45,13 @@ TARGET void tile(const float* a, const B* b, int64_t b_row, int64_t depth, float
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 16
     for (int v = 0; v < kVectors; ++v) {
-      std::memcpy(c + r * c_row + v * kWidth, &sum[r][v], sizeof(Vector));
+      float* to = c + r * c_row + v * kWidth;
+      if (add) {  // After the block's own sum, which keeps rounding small.
+        Vector before;
+        load(to, before);
+        sum[r][v] += before;
+      }
+      std::memcpy(to, &sum[r][v], sizeof(Vector));
     }
   }
 }
@@ -147,6 +142,8 @@ TARGET void pack(const Operand& from, int64_t first, int64_t lanes, int64_t k, i
     pack(static_cast<const float*>(from.data) + at, from.lane, from.depth, lanes, depth, to, width);
   }
 }
+
+#include "gemm_codes.h"
 
 // Copies c [rows][c_row] to the output.
 TARGET inline void write(const float* c, int64_t c_row, int64_t rows, int64_t columns,
@@ -253,35 +250,48 @@ class Fetch {
   int64_t tiles_, lines_, fetched_ = 0, turns_ = 0;
 };
 
+// Nothing is fetched early of a matrix in codes: it is small.
+template <typename Right>
+struct NoFetch {
+  NoFetch(const Right&, int64_t, int64_t, int64_t, int64_t, int64_t) {}
+  Ahead turn(const void* idle) { return {static_cast<const char*>(idle), 0}; }
+};
+
 // Columns [j, j + width) of many rows: c [rows][c_row].
-void many_tiles(const Left& left, const Operand& b, int64_t j, int64_t width, int64_t columns,
+template <typename Right>
+void many_tiles(const Left& left, const Right& b, int64_t j, int64_t width, int64_t columns,
                 float* c, int64_t c_row, Scratch& memory) {
+  using Early = std::conditional_t<std::is_same_v<Right, Operand>, Fetch, NoFetch<Right>>;
+  constexpr int64_t unit = kUnit<Right>;
   const int64_t blocks = std::max<int64_t>(ceil_div(left.depth, kBlockDepth), 1);
-  const int64_t panels = ceil_div(width, kPanel);
-  float* packed = memory.of(ceil_div(left.depth, blocks) * panels * kPanel);
+  const int64_t panels = ceil_div(width, kPanel), units = ceil_div(left.depth, unit);
+  const int64_t most = ceil_div(units, blocks) * unit;  // Whole units are laid out.
+  float* packed = memory.of(most * panels * kPanel);
   for (int64_t block = 0; block < blocks; ++block) {
-    const int64_t k = begin_of(block, blocks, left.depth);
-    const int64_t end = begin_of(block + 1, blocks, left.depth), deep = end - k;
+    const int64_t k = begin_of(block, blocks, units) * unit;
+    const int64_t end = std::min(left.depth, begin_of(block + 1, blocks, units) * unit);
+    const int64_t deep = end - k;
     for (int64_t p = 0; p < panels; ++p) {
       pack(b, j + p * kPanel, std::min<int64_t>(kPanel, width - p * kPanel), k, deep,
-           packed + p * deep * kPanel, kPanel);
+           packed + p * most * kPanel, kPanel);
     }
     const bool last = block + 1 == blocks;
-    Fetch fetch(b, last ? std::min(j + width, columns - 1) : j, last ? 0 : end, deep, width,
+    Early early(b, last ? std::min(j + width, columns - 1) : j, last ? 0 : end, deep, width,
                 panels * left.tiles);
     for (int64_t p = 0; p < panels; ++p) {
-      const float* panel = packed + p * deep * kPanel;
+      const float* panel = packed + p * most * kPanel;
       for (int64_t t = 0; t < left.tiles; ++t) {
         const int64_t begin = left.begin(t);
         tile_of<kPanelVectors, float>(left.begin(t + 1) - begin)(
             left.tile(t, k), panel, kPanel, deep, c + begin * c_row + p * kPanel, c_row, block > 0,
-            fetch.turn(panel));
+            early.turn(panel));
       }
     }
   }
 }
 
-void multiply(const Operand& a, const Operand& b, int64_t all_rows, int64_t columns, int64_t depth,
+template <typename Right>
+void multiply(const Operand& a, const Right& b, int64_t all_rows, int64_t columns, int64_t depth,
               const Output& all) {
   static thread_local Scratch lefts, rights, sums;
   const int64_t fit = std::max<int64_t>(kMostRows, kMostChunk / std::max<int64_t>(depth, 1));
@@ -291,7 +301,8 @@ void multiply(const Operand& a, const Operand& b, int64_t all_rows, int64_t colu
     const int64_t rows = begin_of(chunk + 1, chunks, all_rows) - first;
     const Left left = pack_left(a.from(first), rows, depth, lefts);
     const Output out = all.from(first, 0);
-    const bool once = left.tiles == 1 && b.lane == 1;
+    bool once = false;
+    if constexpr (std::is_same_v<Right, Operand>) once = left.tiles == 1 && b.lane == 1;
     const int64_t wide = once ? columns : kBlockPanels * kPanel;
     for (int64_t j = 0; j < columns; j += wide) {
       const int64_t width = std::min(wide, columns - j);
@@ -300,12 +311,11 @@ void multiply(const Operand& a, const Operand& b, int64_t all_rows, int64_t colu
       const bool there = !part.half && width % kPanel == 0;
       const int64_t c_row = there ? part.row : ceil_div(width, kPanel) * kPanel;
       float* c = there ? static_cast<float*>(part.data) : sums.of(rows * c_row);
-      if (once) {
+      if constexpr (std::is_same_v<Right, Operand>) {
         const auto product = b.half ? one_tile<uint16_t> : one_tile<float>;
-        product(left, b, columns, c, c_row, rights);
-      } else {
-        many_tiles(left, b, j, width, columns, c, c_row, rights);
+        if (once) product(left, b, columns, c, c_row, rights);
       }
+      if (!once) many_tiles(left, b, j, width, columns, c, c_row, rights);
       if (!there) write(c, c_row, rows, width, part);
     }
   }

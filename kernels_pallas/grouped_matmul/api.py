@@ -4,6 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from kernels_pallas import extension
 from kernels_pallas.grouped_matmul import cpu, gpu, ref, tpu
 
 
@@ -23,7 +24,7 @@ def product(
   """
   (m, d), f = x_md.shape, w_edf.shape[1 if transpose else 2]
   own = gpu if tpu.supports(m, d, f, len(w_edf)) else tpu
-  on_cpu = ref if cpu.supports(x_md.dtype, w_edf.dtype) else cpu
+  on_cpu = ref if extension.without(x_md.dtype, w_edf.dtype) else cpu
   return jax.lax.platform_dependent(
       x_md, w_edf, group_sizes_e,
       cpu=lambda x, w, sizes: on_cpu.product(x, w, sizes, transpose=transpose),
@@ -36,7 +37,7 @@ def outer(x_md: jax.Array, dy_mf: jax.Array, group_sizes_e: jax.Array, dtype: An
   """dw[e] = x[rows of e]^T dy[rows of e], [e, d, f] in `dtype`, accumulated in float32."""
   (m, d), f = x_md.shape, dy_mf.shape[1]
   own = gpu if tpu.supports(m, d, f, len(group_sizes_e)) else tpu
-  on_cpu = ref if cpu.supports(x_md.dtype, dy_mf.dtype, dtype) else cpu
+  on_cpu = ref if extension.without(x_md.dtype, dy_mf.dtype, dtype) else cpu
   return jax.lax.platform_dependent(
       x_md, dy_mf, group_sizes_e,
       cpu=lambda x, dy, sizes: on_cpu.outer(x, dy, sizes, dtype),

@@ -9,18 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from kernels_pallas import extension
-
-
-def supports(*dtypes: Any) -> str:
-  """'' if arrays of these types go through the products, or why they do not."""
-  if reason := extension.missing():
-    return reason
-  known = (jnp.float32, jnp.bfloat16)
-  other = [dtype for dtype in map(jnp.dtype, dtypes) if dtype not in known]
-  return f'{other[0]} is neither float32 nor bfloat16' if other else ''
 
 
 def product(
@@ -30,21 +20,21 @@ def product(
   """See `api.product`; in `dtype`, by default x's."""
   shape = (x_md.shape[0], w_edf.shape[1 if transpose else 2])
   out = jax.ShapeDtypeStruct(shape, dtype or x_md.dtype)
-  call = jax.ffi.ffi_call(extension.GROUPED_PRODUCT, out, vmap_method='sequential')
+  call = extension.call(extension.GROUPED_PRODUCT, out)
   return call(x_md, w_edf, group_sizes_e, transpose=transpose)
 
 
 def outer(x_md: jax.Array, dy_mf: jax.Array, group_sizes_e: jax.Array, dtype: Any) -> jax.Array:
   """See `api.outer`."""
   out = jax.ShapeDtypeStruct((len(group_sizes_e), x_md.shape[1], dy_mf.shape[1]), dtype)
-  call = jax.ffi.ffi_call(extension.GROUPED_OUTER, out, vmap_method='sequential')
+  call = extension.call(extension.GROUPED_OUTER, out)
   return call(x_md, dy_mf, group_sizes_e)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(2,))
 def matmul(x_md: jax.Array, w_df: jax.Array, dtype: Any) -> jax.Array:
   """x w in `dtype`, [m, f], for few rows; both modes of differentiation go by XLA."""
-  rows_1 = np.full(1, x_md.shape[0], np.int32)
+  rows_1 = jnp.full(1, x_md.shape[0], jnp.int32)
   return product(x_md, w_df[None], rows_1, dtype=dtype)
 
 

@@ -6,6 +6,7 @@
     zero_efg      [e, f, g]            group_size of them, and there is one where that is 0
     group_sizes_e int32 [e]            rows of each expert; rows past their sum give 0
 
-`api` is what to call, `ref` the XLA implementation for CPUs, `tpu` the kernel; `gpu` expands
-experts for want of one, `layout` packs and unpacks, `cases` are the shapes that all are checked on.
+`api` is what to call, `cpu` the C++ implementation, `ref` that in XLA where C++ was not built,
+`tpu` the kernel; `gpu` expands experts for want of one, `layout` packs and unpacks, `cases` are the
+shapes that all are checked on.
 """

@@ -6,7 +6,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.packed_matmul import gpu, layout, ref, tpu
+from kernels_pallas import extension
+from kernels_pallas.packed_matmul import cpu, gpu, layout, ref, tpu
 
 
 class Cost(NamedTuple):
@@ -22,7 +23,9 @@ def packed_matmul(
 ) -> jax.Array:
   """y[rows of e] = x[rows of e] W_e, [m, f] in x's dtype, accumulated in float32.
 
-  The kernel on TPU, where it `supports` the product; loops in XLA on CPU; else expanded experts.
+  The kernel on TPU, where it `supports` the product; C++ on CPU, or loops in XLA where it was not
+  built; else expanded experts.
+
   See the package for the arguments.
 
   Raises:
@@ -45,9 +48,10 @@ def packed_matmul(
   refused = tpu.supports(m, d, f, e, x_md.dtype, bits, group_size)
   of_width = functools.partial(functools.partial, bits=bits, group_size=group_size)
   plain = of_width(gpu.packed_matmul)
+  by_cpu = ref if extension.without(x_md.dtype) else cpu
   return jax.lax.platform_dependent(
       x_md, words_ewf, scale_efg, zero_efg, group_sizes_e,
-      cpu=of_width(ref.packed_matmul), tpu=plain if refused else of_width(tpu.packed_matmul),
+      cpu=of_width(by_cpu.packed_matmul), tpu=plain if refused else of_width(tpu.packed_matmul),
       default=plain,
   )
 

@@ -31,10 +31,8 @@ def subbit_matmul(
   m = x_md.shape[0]
   tail = sizes.tail
   x_pm = x_md.astype(jnp.float32).T.at[places(sizes.d)].get(mode='fill', fill_value=0)
-  call = jax.ffi.ffi_call(
-      extension.SUBBIT_MATMUL, jax.ShapeDtypeStruct((m, sizes.f), jnp.float32),
-      vmap_method='sequential',
-  )
+  out = jax.ShapeDtypeStruct((m, sizes.f), jnp.float32)
+  call = extension.call(extension.SUBBIT_MATMUL, out)
   y_mf = call(
       x_pm, rows_rl, starts_es, records_es1w, extension.values(levels_enc), homes_etl,
       group_sizes_e,

@@ -9,6 +9,7 @@
 A weight's two bits lie where a shift and a mask make them the sign and the top exponent bit of a
 bfloat16, so that decoding converts nothing: 0, 2.0 and -2.0.
 
-`api` is what to call, `ref` the XLA implementation for CPUs, `tpu` the kernel; `gpu` expands
-experts for want of one, `layout` packs and unpacks, `cases` are the shapes that all are checked on.
+`api` is what to call, `cpu` the C++ implementation, `ref` that in XLA where C++ was not built,
+`tpu` the kernel; `gpu` expands experts for want of one, `layout` packs and unpacks, `cases` are the
+shapes that all are checked on.
 """

@@ -5,7 +5,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.ternary_matmul import gpu, layout, ref, tpu
+from kernels_pallas import extension
+from kernels_pallas.ternary_matmul import cpu, gpu, layout, ref, tpu
 
 
 class Cost(NamedTuple):
@@ -20,7 +21,8 @@ def ternary_matmul(
 ) -> jax.Array:
   """y[rows of e] = x[rows of e] W_e, [m, f] in x's dtype, accumulated in float32.
 
-  The kernel on TPU, where it `supports` the product; loops in XLA on CPU; else expanded experts.
+  The kernel on TPU, where it `supports` the product; C++ on CPU, or loops in XLA where it was not
+  built; else expanded experts.
 
   See the package for the arguments. One level an output halves the kernel's products.
 
@@ -40,8 +42,9 @@ def ternary_matmul(
   if not (m and e):
     return jnp.zeros((m, f), x_md.dtype)
   refused = tpu.supports(m, d, f, e, x_md.dtype)
+  by_cpu = ref if extension.without(x_md.dtype) else cpu
   return jax.lax.platform_dependent(
-      x_md, words_ewf, levels_enf, group_sizes_e, cpu=ref.ternary_matmul,
+      x_md, words_ewf, levels_enf, group_sizes_e, cpu=by_cpu.ternary_matmul,
       tpu=gpu.ternary_matmul if refused else tpu.ternary_matmul, default=gpu.ternary_matmul,
   )
 

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas import extension
 from kernels_pallas.grouped_matmul import cpu
 
 # Rows that the product in C++ takes in one pass over the weight.
@@ -38,6 +39,6 @@ def linear(
 def _in_one_pass(x_md: jax.Array, w_df: jax.Array, preferred: Any) -> bool:
   """Few rows, on one device: XLA cannot divide a foreign call over several."""
   few = 0 < len(x_md) <= FEW_ROWS
-  return few and jax.device_count() == 1 and not cpu.supports(
+  return few and jax.device_count() == 1 and not extension.without(
       x_md.dtype, w_df.dtype, preferred or x_md.dtype
   )

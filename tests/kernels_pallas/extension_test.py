@@ -1,7 +1,11 @@
 """The C++ library: built where it can be, and said to be missing where it cannot."""
 
 import importlib.util
+import os
+import pathlib
 import shutil
+import subprocess
+import sys
 
 import pytest
 
@@ -36,3 +40,17 @@ def test_another_library_is_not_taken(anew, monkeypatch, tmp_path):
   spec = importlib.util.spec_from_loader('_cpu', None, origin=str(path))
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: spec)
   assert f'{path} does not go with this jaxlib' in extension.missing()
+
+
+@pytest.mark.parametrize('kind', ('avx512', 'avx2', 'any'))
+def test_products_of_every_kind_of_cpu(kind):
+  """Each in a process of its own, which takes the kind where this machine has it."""
+  files = [
+      str(pathlib.Path(__file__).with_name(f'{name}_matmul_test.py'))
+      for name in ('grouped', 'packed', 'ternary')
+  ]
+  subprocess.run(
+      [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', *files, '-k',
+       'cpu and (product or outer or height)'],
+      env={**os.environ, 'MOEJAX_CPU': kind}, check=True, timeout=300,
+  )

@@ -1,14 +1,11 @@
 """The grouped products against float64 on every case, by every implementation that runs here."""
 
-import os
-import subprocess
-import sys
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas import extension
 from kernels_pallas.grouped_matmul import api, cases, cpu, gpu, ref, tpu, vjp
 
 
@@ -16,8 +13,9 @@ def interpreted(function):
   return lambda *args, **kwargs: function(*args, **kwargs, interpret=True)
 
 
-assert not cpu.supports(), cpu.supports()
-PRODUCTS = {'ref': ref.product, 'cpu': cpu.product, 'tpu': interpreted(tpu.product), 'gpu': gpu.product}
+PRODUCTS = {
+    'ref': ref.product, 'cpu': cpu.product, 'tpu': interpreted(tpu.product), 'gpu': gpu.product,
+}
 OUTERS = {'ref': ref.outer, 'cpu': cpu.outer, 'tpu': interpreted(tpu.outer), 'gpu': gpu.outer}
 CASES = pytest.mark.parametrize('case', cases.CHECKED, ids=lambda c: c.name)
 
@@ -103,18 +101,8 @@ def test_every_height_of_a_tile_on_cpu(d, f):
   np.testing.assert_allclose(dx, product64(case, dy, np.swapaxes(w, 1, 2)), atol=2e-4)
 
 
-@pytest.mark.parametrize('kind', ('avx512', 'avx2', 'any'))
-def test_every_kind_of_cpu(kind):
-  """Each in a process of its own, which takes the kind where this machine has it."""
-  subprocess.run(
-      [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__, '-k',
-       'cpu and (product or outer or height)'],
-      env={**os.environ, 'MOEJAX_CPU': kind}, check=True, timeout=300,
-  )
-
-
 def test_other_types_go_by_xla():
-  assert 'float16 is neither' in cpu.supports(jnp.float32, jnp.float16)
+  assert 'float16 is neither' in extension.without(jnp.float32, jnp.float16)
   case = cases.Case('half', (5, 3), 1, 16, 24)
   x, w, _, sizes = operands(case, jnp.float16)
   y = api.product(jnp.nan_to_num(x), w, sizes)

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.packed_matmul import api, cases, gpu, layout, ref, tpu
+from kernels_pallas.packed_matmul import api, cases, cpu, gpu, layout, ref, tpu
 
 PRODUCTS = {
-    'ref': ref.packed_matmul, 'gpu': gpu.packed_matmul,
+    'ref': ref.packed_matmul, 'cpu': cpu.packed_matmul, 'gpu': gpu.packed_matmul,
     'tpu': functools.partial(tpu.packed_matmul, interpret=True),
 }
 CASES = pytest.mark.parametrize('case', cases.CHECKED, ids=lambda c: c.name)
@@ -52,6 +52,7 @@ def refused(case, dtype=jnp.float32):
         'groups_of_100',
     )),
     *(f'float32-ref-{name}' for name in ('one_weight', 'odd_eight')),
+    *(f'{dtype}-cpu-{case.name}' for dtype in ('float32', 'bfloat16') for case in cases.CHECKED),
     'float32-gpu-empty_groups', 'bfloat16-ref-groups_of_128', 'bfloat16-gpu-three_bits_of_128',
     'bfloat16-tpu-tails', 'bfloat16-tpu-groups_of_32',
 ))

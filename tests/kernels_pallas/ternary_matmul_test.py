@@ -7,10 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.ternary_matmul import api, cases, gpu, layout, ref, tpu
+from kernels_pallas.ternary_matmul import api, cases, cpu, gpu, layout, ref, tpu
 
 PRODUCTS = {
-    'ref': jax.jit(ref.ternary_matmul), 'gpu': jax.jit(gpu.ternary_matmul),
+    'ref': jax.jit(ref.ternary_matmul), 'cpu': jax.jit(cpu.ternary_matmul),
+    'gpu': jax.jit(gpu.ternary_matmul),
     'tpu': functools.partial(tpu.ternary_matmul, interpret=True),
 }
 CASES = pytest.mark.parametrize('case', cases.CHECKED, ids=lambda c: c.name)
@@ -43,6 +44,7 @@ def product64(case, x, signs, levels):
     *(f'float32-{name}-{case}' for name in ('ref', 'tpu') for case in (
         'one_weight', 'empty_groups', 'tails', 'many_inputs',
     )),
+    *(f'{dtype}-cpu-{case.name}' for dtype in ('float32', 'bfloat16') for case in cases.CHECKED),
     'float32-gpu-tails', 'bfloat16-ref-tails', 'bfloat16-gpu-all_zero', 'bfloat16-tpu-tails',
     'bfloat16-tpu-empty_groups',
 ))
@@ -62,7 +64,10 @@ def test_product(name, case, dtype):
   )
 
 
-@pytest.mark.long(but=('ref-tails', 'gpu-dense', 'tpu-one_weight', 'tpu-tails', 'tpu-many_inputs'))
+@pytest.mark.long(but=(
+    'ref-tails', *(f'cpu-{case.name}' for case in cases.CHECKED), 'gpu-dense', 'tpu-one_weight',
+    'tpu-tails', 'tpu-many_inputs',
+))
 @CASES
 @pytest.mark.parametrize('name', PRODUCTS)
 def test_one_level_is_two_of_its_size(name, case):
