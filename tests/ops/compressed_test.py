@@ -9,6 +9,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from kernels_pallas import extension
 from moejax import weights
 from moejax.ops import compressed
 from moejax.ops.expert_dot import expert_dot
@@ -112,7 +113,8 @@ def test_gradient_in_x_equals_the_dense_one(name):
   loss = lambda x, w: jnp.sum(expert_dot(x, w, sizes) ** 2)
   got = jax.jit(jax.grad(loss))(x, node)
   want = jax.jit(jax.grad(loss))(x, node.dense(jnp.float32))
-  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+  # Sums that cancel are as exact as their largest terms.
+  np.testing.assert_allclose(got, want, rtol=0, atol=1e-6 * np.abs(want).max())
 
 
 @pytest.mark.long(but=('ternary_v1', 'packed', 'packed_ternary_two', 'low_rank_sparse'))
@@ -175,7 +177,8 @@ def test_qmoe_matvec_vectors(name):
 
 
 @pytest.mark.parametrize('name', ['ternary', 'ternary_v1', 'packed'])
-def test_at_most_one_expert_is_expanded(name):
+def test_at_most_one_expert_is_expanded_in_xla(name, monkeypatch):
+  monkeypatch.setattr(extension, 'without', lambda *dtypes: 'not there')
   experts, rows, cols, tokens = 16, 256, 1024, 8
   if name == 'packed':
     s = symbols((experts, rows, cols), high=8)
