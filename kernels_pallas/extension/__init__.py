@@ -5,7 +5,8 @@
 matrices, `sums` adds up rows of x, `work` shares work between threads.
 
 The environment variable MOEJAX_CPU says what is used: 'xla' for none of it, 'avx512', 'avx2' or
-'any' for one kind of CPU's products of matrices. By default the best that the CPU has.
+'any' for one kind of CPU's products of matrices. By default the best that the CPU has. Programs for
+`jax.export` had better be traced with 'xla': it refuses to write foreign calls.
 """
 
 from collections.abc import Callable

@@ -302,7 +302,9 @@ void multiply(const Operand& a, const Right& b, int64_t all_rows, int64_t column
     const Left left = pack_left(a.from(first), rows, depth, lefts);
     const Output out = all.from(first, 0);
     bool once = false;
-    if constexpr (std::is_same_v<Right, Operand>) once = left.tiles == 1 && b.lane == 1;
+    if constexpr (std::is_same_v<Right, Operand>) {
+      once = all_rows <= kMostRows && b.lane == 1 && depth > 0;
+    }
     const int64_t wide = once ? columns : kBlockPanels * kPanel;
     for (int64_t j = 0; j < columns; j += wide) {
       const int64_t width = std::min(wide, columns - j);

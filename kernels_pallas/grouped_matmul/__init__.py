@@ -6,7 +6,8 @@
 
 Three products make a layer and its gradients: y = x w, dx = dy w^T and dw = x^T dy.
 
-`api` picks an implementation by platform, `vjp` makes it differentiable. `cpu` is C++, `ref` the
+`api` picks an implementation by platform, `vjp` makes it differentiable. `cpu` is C++, with
+`few_rows` for one matrix, `ref` the
 product path on CPU where that was not built: a loop over the groups that have rows. `tpu` runs
 JAX's megablox kernels, `gpu` XLA's `ragged_dot` or JAX's Mosaic GPU kernels. `cases` are the shapes
 that all are checked on.

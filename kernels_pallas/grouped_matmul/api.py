@@ -21,8 +21,16 @@ def product(
   """y[rows of e] = x[rows of e] w[e], [m, f] in x's dtype, accumulated in float32.
 
   With `transpose` w is [e, f, d] and y = x w[e]^T. Rows past the sum of the sizes give 0.
+
+  Raises:
+    ValueError: shapes that do not fit.
   """
   (m, d), f = x_md.shape, w_edf.shape[1 if transpose else 2]
+  if w_edf.shape[2 if transpose else 1] != d or group_sizes_e.shape != w_edf.shape[:1]:
+    raise ValueError(
+        f'grouped product: x {x_md.shape}, w {w_edf.shape}{" transposed" if transpose else ""} and '
+        f'group sizes {group_sizes_e.shape} do not fit'
+    )
   own = gpu if tpu.supports(m, d, f, len(w_edf)) else tpu
   on_cpu = ref if extension.without(x_md.dtype, w_edf.dtype) else cpu
   return jax.lax.platform_dependent(
@@ -34,8 +42,14 @@ def product(
 
 
 def outer(x_md: jax.Array, dy_mf: jax.Array, group_sizes_e: jax.Array, dtype: Any) -> jax.Array:
-  """dw[e] = x[rows of e]^T dy[rows of e], [e, d, f] in `dtype`, accumulated in float32."""
+  """dw[e] = x[rows of e]^T dy[rows of e], [e, d, f] in `dtype`, accumulated in float32.
+
+  Raises:
+    ValueError: shapes that do not fit.
+  """
   (m, d), f = x_md.shape, dy_mf.shape[1]
+  if len(dy_mf) != m:
+    raise ValueError(f'grouped outer product: x {x_md.shape} and dy {dy_mf.shape} do not fit')
   own = gpu if tpu.supports(m, d, f, len(group_sizes_e)) else tpu
   on_cpu = ref if extension.without(x_md.dtype, dy_mf.dtype, dtype) else cpu
   return jax.lax.platform_dependent(

@@ -24,7 +24,7 @@ from moejax.nn.outputs import Output
 from moejax.ops import cache as cache_lib
 from moejax.ops import causal, norm, rope
 from moejax.ops.activity import Activity
-from moejax.ops.linear import linear
+from moejax.ops.linear import linear, tied_logits
 from moejax.routing.draws import Draws
 from moejax.routing.types import Routing
 
@@ -206,10 +206,10 @@ def head(config: StackConfig, params: Mapping[str, Any], x_btd: jax.Array) -> ja
   """The logits of normed hidden states, float32 [b, t, v]; an encoder's are of what it tells."""
   if isinstance(config, EncoderConfig):
     return encoder_head.logits(config, params, x_btd)
-  kernel = (
-      params['shared']['embedding'].T if config.tie_embeddings else params['lm_head']['kernel']
-  )
-  logits = linear(x_btd, kernel, preferred=jnp.float32)
+  if config.tie_embeddings:
+    logits = tied_logits(x_btd, params['shared']['embedding'])
+  else:
+    logits = linear(x_btd, params['lm_head']['kernel'], preferred=jnp.float32)
   if config.head_bias:
     logits = logits + params['lm_head']['bias'].astype(jnp.float32)[None, None]
   return logits

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from moejax.config import EncoderConfig
 from moejax.ops import ffn, norm
-from moejax.ops.linear import linear
+from moejax.ops.linear import linear, tied_logits
 
 
 def pooled(params: Mapping[str, Any], x_btd: jax.Array) -> jax.Array:
@@ -32,7 +32,7 @@ def logits(config: EncoderConfig, params: Mapping[str, Any], x_btd: jax.Array) -
     y = linear(x_btd, own['transform']) + own['transform_bias'].astype(x_btd.dtype)[None, None]
     y = ffn.hidden_units(config.words_activation, y)
     y = norm.layer_norm(y, own['norm'], own['norm_bias'], config.norm_eps)
-    y = linear(y, params['shared']['embedding'].T, preferred=jnp.float32)
+    y = tied_logits(y, params['shared']['embedding'])
   return y + own['bias'].astype(jnp.float32)[None, None]
 
 

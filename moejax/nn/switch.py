@@ -21,7 +21,7 @@ from moejax.nn.outputs import Output
 from moejax.ops import attention, norm
 from moejax.ops.activity import Activity
 from moejax.ops.cache import Cache
-from moejax.ops.linear import linear
+from moejax.ops.linear import linear, tied_logits
 from moejax.routing.types import Routing
 
 
@@ -227,7 +227,7 @@ class SwitchTransformer(nn.Module):
     """Tied: hidden * d^-0.5 times the embedding (T5 folds the scale here); untied: the head."""
     if self.config.tie_embeddings:
       x_btd = x_btd * jnp.asarray(self.config.d_model**-0.5, x_btd.dtype)
-      return linear(x_btd, self.shared.embedding.T, preferred=jnp.float32)
+      return tied_logits(x_btd, self.shared.embedding)
     return linear(x_btd, self.lm_head(), preferred=jnp.float32)
 
   def __call__(self, encoder_tokens, decoder_tokens, encoder_mask=None, decoder_mask=None):

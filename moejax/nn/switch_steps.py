@@ -11,7 +11,7 @@ from moejax.config import EncDecConfig
 from moejax.nn.switch import Layer, SwitchTransformer
 from moejax.ops import attention, norm
 from moejax.ops import cache as cache_lib
-from moejax.ops.linear import linear
+from moejax.ops.linear import linear, tied_logits
 
 
 def encode(
@@ -102,5 +102,5 @@ def step(
   x = norm.rms_norm(x[:, -1], stack['final_norm'], config.norm_eps)
   if config.tie_embeddings:
     x = x * jnp.asarray(config.d_model**-0.5, x.dtype)
-    return linear(x, params['shared']['embedding'].T, preferred=jnp.float32), tuple(new)
+    return tied_logits(x, params['shared']['embedding']), tuple(new)
   return linear(x, params['lm_head']['kernel'], preferred=jnp.float32), tuple(new)

@@ -2,7 +2,8 @@
 
 XLA's CPU backend has a fast path for plain 2-D products only: the weight gradient of the same
 product with two contracted axes took five times as long (bfloat16, jax 0.12). A few rows, as in
-decoding, read the weight at half the memory's rate there; in C++ they read it at all of it.
+decoding, go by C++ there: eight read a float32 weight in half of XLA's time, one a bfloat16 weight
+in a tenth.
 """
 
 import functools
@@ -12,11 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import extension
-from kernels_pallas.grouped_matmul import cpu
-
-# Rows that the product in C++ takes in one pass over the weight.
-FEW_ROWS = 14
+from kernels_pallas.grouped_matmul import few_rows
 
 
 def linear(
@@ -24,21 +21,23 @@ def linear(
 ) -> jax.Array:
   """Contracts the last `contract` axes of x with the first of w, in x's dtype."""
   inner = math.prod(w.shape[:contract])
-  x_md, w_df = x.reshape(-1, inner), w.astype(x.dtype).reshape(inner, -1)
-  by_xla = functools.partial(jnp.matmul, preferred_element_type=preferred)
-  if _in_one_pass(x_md, w_df, preferred):
-    dtype = preferred or x.dtype
-    y_mf = jax.lax.platform_dependent(
-        x_md, w_df, cpu=lambda x, w: cpu.matmul(x, w, dtype), default=by_xla
-    )
+  x_md, w_df = x.reshape(-1, inner), w.reshape(inner, -1)
+  dtype = preferred or x.dtype
+  if few_rows.supports(x_md, w_df, dtype):
+    y_mf = _by_xla(x_md, w_df, preferred)
   else:
-    y_mf = by_xla(x_md, w_df)
+    y_mf = jax.lax.platform_dependent(
+        x_md, w_df, cpu=functools.partial(few_rows.matmul, dtype=dtype),
+        default=functools.partial(_by_xla, preferred=preferred),
+    )
   return y_mf.reshape(*x.shape[: x.ndim - contract], *w.shape[contract:])
 
 
-def _in_one_pass(x_md: jax.Array, w_df: jax.Array, preferred: Any) -> bool:
-  """Few rows, on one device: XLA cannot divide a foreign call over several."""
-  few = 0 < len(x_md) <= FEW_ROWS
-  return few and jax.device_count() == 1 and not extension.without(
-      x_md.dtype, w_df.dtype, preferred or x_md.dtype
-  )
+def tied_logits(x: jax.Array, embedding_vd: jax.Array) -> jax.Array:
+  """x by an embedding's rows, float32 [..., v]: by XLA, which transposes nothing."""
+  y_mv = _by_xla(x.reshape(-1, x.shape[-1]), embedding_vd.T, jnp.float32)
+  return y_mv.reshape(*x.shape[:-1], -1)
+
+
+def _by_xla(x_md, w_df, preferred):
+  return jnp.matmul(x_md, w_df.astype(x_md.dtype), preferred_element_type=preferred)

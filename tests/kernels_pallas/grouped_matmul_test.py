@@ -116,6 +116,25 @@ def test_numbers_that_are_none_stay_none_in_bfloat16():
   np.testing.assert_array_equal(np.float32(y), np.float32(x))
 
 
+@pytest.mark.parametrize('m,d,f', ((3, 0, 40), (3, 8, 0), (0, 8, 40)))
+def test_nothing_to_multiply(m, d, f):
+  y = cpu.product(jnp.ones((m, d)), jnp.ones((2, d, f)), jnp.array([m, 0]))
+  np.testing.assert_array_equal(y, jnp.zeros((m, f)))
+  dw = cpu.outer(jnp.ones((m, d)), jnp.ones((m, f)), jnp.array([m, 0]), jnp.float32)
+  np.testing.assert_array_equal(dw[0], jnp.full((d, f), m))
+
+
+@pytest.mark.parametrize('x,w,sizes', [
+    ((4, 64), (2, 32, 16), 2), ((4, 32), (2, 32, 16), 3), ((4, 16), (2, 32, 24), 2),
+])
+def test_shapes_that_do_not_fit(x, w, sizes):
+  for transpose in (False, True):
+    with pytest.raises(ValueError, match='do not fit'):
+      api.product(jnp.ones(x), jnp.ones(w), jnp.ones(sizes, int), transpose=transpose)
+  with pytest.raises(ValueError, match='do not fit'):
+    api.outer(jnp.ones((8, 4)), jnp.ones((4, 4)), jnp.array([8]), jnp.float32)
+
+
 def test_sizes_past_the_rows_are_cut():
   x, w = jnp.ones((3, 2)), jnp.ones((2, 2, 4))
   y = cpu.product(x, w, jnp.array([2, 9]))

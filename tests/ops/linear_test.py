@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from moejax.ops import linear as module
-from moejax.ops.linear import linear
+from kernels_pallas.grouped_matmul import few_rows
+from moejax.ops.linear import linear, tied_logits
 
 
 @pytest.fixture
@@ -54,7 +54,32 @@ def test_it_is_differentiable_in_both_modes(one_device):
       np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-@pytest.mark.parametrize('rows', (0, module.FEW_ROWS + 1))
+def test_a_constant_operand_has_no_term(one_device):
+  x, w = drawn(5)
+  endless = x.at[0, 0].set(jnp.inf)  # Times a zero it would be no number.
+  _, tangent = jax.jvp(lambda x: linear(x, w), (endless,), (x,))
+  np.testing.assert_allclose(tangent, linear(x, w), atol=1e-5)
+
+
+@pytest.mark.parametrize('axes', ((0, None), (None, 0), (0, 0)))
+def test_a_batch_of_products_is_one_in_xla(axes, one_device):
+  x, w = drawn(5)
+  given = [jnp.stack([a, 2 * a, -a]) if axis == 0 else a for a, axis in zip((x, w), axes)]
+  run = jax.vmap(linear, axes)
+  assert not foreign(run, *given)
+  each = [linear(*(a[i] if axis == 0 else a for a, axis in zip(given, axes))) for i in range(3)]
+  np.testing.assert_allclose(run(*given), jnp.stack(each), atol=1e-4)
+
+
+def test_a_tied_embedding_is_not_transposed(one_device):
+  x, embedding = jnp.ones((2, 1, 40)), jnp.ones((96, 40), jnp.bfloat16)
+  assert not foreign(tied_logits, x, embedding)
+  y = tied_logits(x, embedding)
+  assert y.shape == (2, 1, 96) and y.dtype == jnp.float32
+  np.testing.assert_array_equal(y, jnp.full(y.shape, 40.0))
+
+
+@pytest.mark.parametrize('rows', (0, few_rows.MOST + 1))
 def test_other_rows_go_by_xla(rows, one_device):
   x, w = drawn(rows)
   assert not foreign(linear, x, w)
