@@ -5,8 +5,9 @@
 matrices, `sums` adds up rows of x, `work` shares work between threads.
 
 The environment variable MOEJAX_CPU says what is used: 'xla' for none of it, 'avx512', 'avx2' or
-'any' for one kind of CPU's products of matrices. By default the best that the CPU has. Programs for
-`jax.export` had better be traced with 'xla': it refuses to write foreign calls.
+'any' for one kind of CPU's products of matrices ('any' too where the CPU is not of that kind). By
+default the best that the CPU has. Programs for `jax.export` had better be traced with 'xla': it
+refuses to write foreign calls.
 """
 
 from collections.abc import Callable
@@ -25,6 +26,7 @@ GROUPED_PRODUCT = 'moejax_grouped_product'
 GROUPED_OUTER = 'moejax_grouped_outer'
 PACKED_MATMUL = 'moejax_packed_matmul'
 TERNARY_MATMUL = 'moejax_ternary_matmul'
+KINDS = ('avx512', 'avx2', 'any')
 FUNCTIONS = (
     SUBBIT_MATMUL, CODEWORD_MATMUL, GROUPED_PRODUCT, GROUPED_OUTER, PACKED_MATMUL, TERNARY_MATMUL,
 )
@@ -32,8 +34,15 @@ FUNCTIONS = (
 
 @functools.cache
 def missing() -> str:
-  """'' where the library is in use, or why it is not; registers its functions once."""
-  if os.environ.get('MOEJAX_CPU') == 'xla':
+  """'' where the library is in use, or why it is not; registers its functions once.
+
+  Raises:
+    ValueError: MOEJAX_CPU is none of its values.
+  """
+  asked = os.environ.get('MOEJAX_CPU', '')
+  if asked not in ('', 'xla', *KINDS):
+    raise ValueError(f'MOEJAX_CPU={asked} is none of xla, {", ".join(KINDS)}')
+  if asked == 'xla':
     return 'MOEJAX_CPU=xla turns the CPU extension off'
   spec = importlib.util.find_spec('kernels_pallas._cpu')
   if spec is None or spec.origin is None:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from kernels_pallas import extension
 from kernels_pallas.grouped_matmul import cpu
 
-# Rows that go in one pass over the matrix.
+# Rows that the widest vectors take in one pass over the matrix.
 MOST = 14
 
 

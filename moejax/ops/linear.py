@@ -2,8 +2,8 @@
 
 XLA's CPU backend has a fast path for plain 2-D products only: the weight gradient of the same
 product with two contracted axes took five times as long (bfloat16, jax 0.12). A few rows, as in
-decoding, go by C++ there: eight read a float32 weight in half of XLA's time, one a bfloat16 weight
-in a tenth.
+decoding, go by C++ there: eight read a large float32 weight in half of XLA's time, one a bfloat16
+weight in a third to a tenth.
 """
 
 import functools

@@ -34,6 +34,12 @@ def test_it_may_be_turned_off(anew, monkeypatch):
   assert 'MOEJAX_CPU=xla' in extension.missing()
 
 
+def test_a_kind_that_there_is_not(anew, monkeypatch):
+  monkeypatch.setenv('MOEJAX_CPU', 'avx-512')
+  with pytest.raises(ValueError, match='MOEJAX_CPU=avx-512 is none of xla, avx512'):
+    extension.missing()
+
+
 def test_another_library_is_not_taken(anew, monkeypatch, tmp_path):
   path = tmp_path / '_cpu.so'
   path.write_bytes(b'not a library')
