@@ -88,7 +88,9 @@ def _encdec_layer(config, stack, kind, params, stack_params, x, mask, source, so
 def _decoder_layer(config, index, params, x, mask):
   length = x.shape[1]
   positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], mask.shape)
-  context = decoder.make_context(config, positions, positions, length=length, valid_bt=mask)
+  context = decoder.make_context(
+      config, positions, positions, length=length, valid_bt=mask, in_order=True
+  )
   shell, own = decoder.layer_module(config, index), {'params': params}
   x, _ = shell.apply(own, x, context, method='attend')
   if not shell.sparse:
@@ -117,7 +119,9 @@ def _encdec_route(config, stack, params, x, mask):
 @functools.partial(jax.jit, static_argnames=('config', 'index'))
 def _decoder_route(config, index, params, x, mask):
   positions = jnp.broadcast_to(jnp.arange(x.shape[1], dtype=jnp.int32)[None], mask.shape)
-  context = decoder.make_context(config, positions, positions, length=x.shape[1], valid_bt=mask)
+  context = decoder.make_context(
+      config, positions, positions, length=x.shape[1], valid_bt=mask, in_order=True
+  )
   return _routed(decoder.layer_module(config, index), {'params': params}, x, context)
 
 

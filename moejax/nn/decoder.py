@@ -35,7 +35,7 @@ class Context:
   """What all layers share: rotary angles, masks by window, real tokens, their ids.
 
   turn: cos and sin [b, t, r], or None. masks: bool [b, 1, t, s] by window ('' for no window).
-  draws: a layer's recorded random numbers.
+  draws: a layer's recorded random numbers. in_order: see `causal.attend`.
   """
 
   turn: tuple[jax.Array, jax.Array] | None
@@ -43,6 +43,7 @@ class Context:
   valid_bt: jax.Array | None
   tokens_bt: jax.Array | None
   draws: Draws | None = None
+  in_order: bool = dataclasses.field(default=False, metadata={'static': True})
 
 
 class SelfAttention(nn.Module):
@@ -66,7 +67,7 @@ class SelfAttention(nn.Module):
     if cache is not None:
       cache = cache_lib.extend(cache, k, v, at)
       k, v = cache.k_bsgh.astype(q.dtype), cache.v_bsgh.astype(q.dtype)
-    mixed = causal.attend(q, k, v, context.masks[str(self.window or '')])
+    mixed = causal.attend(q, k, v, context.masks[str(self.window or '')], context.in_order)
     y = causal.output(params, mixed)
     x_btd = x_btd + nn.Dropout(c.dropout_rate, deterministic=not self.train)(y)
     return norm_after(c, x_btd, scale, bias), cache
@@ -151,6 +152,7 @@ def make_context(
     segments: tuple[jax.Array, jax.Array] | None = None,
     valid_bt: jax.Array | None = None,
     tokens_bt: jax.Array | None = None,
+    in_order: bool = False,
 ) -> Context:
   """Angles and masks of queries at positions query_bt that may see keys at positions key_bs.
 
@@ -158,6 +160,7 @@ def make_context(
     length: positions in play, which decides between longrope's factors.
     segments: numbers of packed documents, of queries and of keys.
     valid_bt, tokens_bt: for the router.
+    in_order: positions grow with the index, within a document where there are several.
   """
   if not config.causal and segments is None and valid_bt is not None:
     segments = valid_bt.astype(jnp.int32), valid_bt.astype(jnp.int32)
@@ -172,7 +175,10 @@ def make_context(
       )
       for window in windows(config)
   }
-  return Context(turn=turn, masks=masks, valid_bt=valid_bt, tokens_bt=tokens_bt)
+  return Context(
+      turn=turn, masks=masks, valid_bt=valid_bt, tokens_bt=tokens_bt,
+      in_order=in_order and config.causal,
+  )
 
 
 def embed(
@@ -238,12 +244,13 @@ def forward(
   params may be stacked (`stacking.stack`); a mesh with a pipeline needs them to be.
   """
   batch, length = tokens_bt.shape
+  in_order = positions_bt is None or segments_bt is not None
   if positions_bt is None:
     positions_bt = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32)[None], (batch, length))
   context = make_context(
       config, positions_bt, positions_bt, length=length,
       segments=None if segments_bt is None else (segments_bt, segments_bt),
-      valid_bt=valid_bt, tokens_bt=tokens_bt,
+      valid_bt=valid_bt, tokens_bt=tokens_bt, in_order=in_order,
   )
   x_btd = embed(config, params, tokens_bt, positions_bt, dtype, mesh, types_bt)
   if key is not None and isinstance(config, EncoderConfig):
