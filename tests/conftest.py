@@ -63,6 +63,10 @@ def pytest_addoption(parser):
       '--tier', choices=('all', 'quick', 'long'), default='all',
       help='quick: what every change must pass; long: the tests marked long'
   )
+  parser.addoption(
+      '--first-cases', action='store_true',
+      help='of a function with parameters only the first case that the other choices leave'
+  )
   parser.addoption('--update-golden', action='store_true', help='rewrite golden files')
 
 
@@ -109,8 +113,21 @@ def _keep_tier(config, items):
   items[:] = [item for item in items if _is_long(item) == (tier == 'long')]
 
 
+def _keep_first_cases(config, items):
+  seen, kept, gone = set(), [], []
+  for item in items:
+    function = item.nodeid.split('[')[0]
+    (gone if function in seen else kept).append(item)
+    seen.add(function)
+  config.hook.pytest_deselected(items=gone)
+  items[:] = kept
+
+
+@pytest.hookimpl(trylast=True)  # After -m and -k, so that a function keeps one of their cases.
 def pytest_collection_modifyitems(config, items):
   _keep_tier(config, items)
+  if config.getoption('--first-cases'):
+    _keep_first_cases(config, items)
   rank = {name: i for i, name in enumerate(_LONG)}
 
   def place(item):
