@@ -47,11 +47,11 @@ def apply_fn(
     remat: recompute each layer in the backward pass.
     inputs: of an encoder-decoder, encoder_mask and decoder_mask, bool, True for real tokens; of a
       decoder, positions_bt (default 0, 1, ...), segments_bt (packed documents by number, which do
-      not see each other and have growing positions), valid_bt (True for real tokens), draws (a router's recorded random
-      numbers, by layer path), types_bt (an encoder's kinds of tokens, default 0) and microbatches
-      (of a pipeline; 0: as many as stages). Of all, keep_states: True for the hidden states of all
-      layers in the output, and observe: True for the activity of dense FFNs. All may be left out.
-      Params may be stacked (`nn.stacking`).
+      not see each other; within each, positions grow), valid_bt (True for real tokens), draws (a
+      router's recorded random numbers, by layer path), types_bt (an encoder's kinds of tokens,
+      default 0) and microbatches (of a pipeline; 0: as many as stages). Of all, keep_states: True
+      for the hidden states of all layers in the output, and observe: True for the activity of dense
+      FFNs. All may be left out. Params may be stacked (`nn.stacking`).
   """
   if train and key is None:
     raise ValueError('train=True needs a key for dropout and routing')
