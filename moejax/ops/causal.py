@@ -79,12 +79,12 @@ def attend(
   """softmax(q k^T / sqrt(h)) v, [b, t, n, h]; query head i looks at key head i * g // n.
 
   The query heads of a key head are rows of one product. Scores and softmax are at least float32. A
-  query that sees no key gets the mean of the values, which nothing should read.
+  query that sees no key gets a mean of values, which nothing should read.
 
   Args:
     in_order: no query sees a key of a later index (t = s). Texts of 129 to 2,048 then go a block of
       queries at a time, each with the keys up to its last, which is little over half of the work:
-      2 x 512 tokens took a third of the time on a CPU, their gradients a half.
+      2 x 512 tokens took a third of the time on a CPU, with their gradients under half.
   """
   t, s = q_btnh.shape[1], k_bsgh.shape[1]
   k_bgsh, v_bgsh = k_bsgh.transpose(0, 2, 1, 3), v_bsgh.transpose(0, 2, 1, 3)
