@@ -12,7 +12,7 @@ namespace {
 
 // What of the left matrix is laid out at a time stays in the outer caches, a block of the right in
 // the inner ones.
-constexpr int64_t kMostChunk = 1 << 20, kChunkRows = 384, kBlockDepth = 256, kBlockPanels = 4;
+constexpr int64_t kMostChunk = 1 << 20, kChunkRows = 384, kBlockDepth = 256, kBlockFloats = 1 << 16;
 // Few rows: bytes of a column that go at a time, so many that their pages are known to the CPU at
 // once, and columns that are fetched early.
 constexpr int64_t kFewBytes = 64, kAheadColumns = 128;

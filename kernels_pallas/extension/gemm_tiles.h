@@ -112,7 +112,15 @@ TARGET void pack_rows(const T* from, int64_t lane, int64_t lanes, int64_t depth,
 template <typename T>
 TARGET void pack_columns(const T* from, int64_t stride, int64_t lanes, int64_t depth, float* to,
                          int64_t width) {
-  for (int64_t k = 0; k < depth; ++k, from += stride, to += width) {
+  int64_t k = 0;
+  if (lanes < kWidth && width <= kWidth && stride >= kWidth) {
+    for (; k + 1 < depth; ++k, from += stride, to += width) {
+      Vector part;
+      load(from, part);
+      std::memcpy(to, &part, sizeof(part));
+    }
+  }
+  for (; k < depth; ++k, from += stride, to += width) {
     int64_t i = 0;
     for (; i + kWidth <= lanes; i += kWidth) {
       Vector part;
@@ -278,9 +286,9 @@ void many_tiles(const Left& left, const Right& b, int64_t j, int64_t width, int6
     const bool last = block + 1 == blocks;
     Early early(b, last ? std::min(j + width, columns - 1) : j, last ? 0 : end, deep, width,
                 panels * left.tiles);
-    for (int64_t p = 0; p < panels; ++p) {
-      const float* panel = packed + p * most * kPanel;
-      for (int64_t t = 0; t < left.tiles; ++t) {
+    for (int64_t t = 0; t < left.tiles; ++t) {
+      for (int64_t p = 0; p < panels; ++p) {
+        const float* panel = packed + p * most * kPanel;
         const int64_t begin = left.begin(t);
         tile_of<kPanelVectors, float>(left.begin(t + 1) - begin)(
             left.tile(t, k), panel, kPanel, deep, c + begin * c_row + p * kPanel, c_row, block > 0,
@@ -305,7 +313,8 @@ void multiply(const Operand& a, const Right& b, int64_t all_rows, int64_t column
     if constexpr (std::is_same_v<Right, Operand>) {
       once = all_rows <= kMostRows && b.lane == 1 && depth > 0;
     }
-    const int64_t wide = once ? columns : kBlockPanels * kPanel;
+    const int64_t deep = std::clamp<int64_t>(depth, 1, kBlockDepth);
+    const int64_t wide = once ? columns : std::max<int64_t>(kBlockFloats / (deep * kPanel), 1) * kPanel;
     for (int64_t j = 0; j < columns; j += wide) {
       const int64_t width = std::min(wide, columns - j);
       const Output part = out.from(0, j);
