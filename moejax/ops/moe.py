@@ -76,7 +76,7 @@ def combine(y_mkd: jax.Array, routing: Routing) -> jax.Array:
   if routing.scale_mk is not None:
     scaled = weighted_mkd * routing.scale_mk.astype(y_mkd.dtype)[..., None]
     weighted_mkd = weighted_mkd + jax.lax.stop_gradient(scaled - weighted_mkd)
-  return weighted_mkd[:, 0] if weighted_mkd.shape[1] == 1 else weighted_mkd.sum(1)
+  return dispatch.sum_choices(weighted_mkd)
 
 
 def _apply(

@@ -92,8 +92,9 @@ def angles(
   """cos and sin of every position, float32 [b, t, width], the halves alike."""
   frequencies, scale = inverse_frequencies(rope, width, length)
   half = positions_bt.astype(jnp.float32)[..., None] * frequencies.reshape(1, 1, -1)
-  full = jnp.concatenate([half, half], axis=-1)
-  return jnp.cos(full) * scale, jnp.sin(full) * scale
+  # Kept as they are: else XLA takes them anew in each layer, for queries, keys and gradients.
+  cos, sin = jax.lax.optimization_barrier((jnp.cos(half) * scale, jnp.sin(half) * scale))
+  return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([sin, sin], axis=-1)
 
 
 def rotate(x_btnh: jax.Array, cos_bth: jax.Array, sin_bth: jax.Array) -> jax.Array:
