@@ -312,13 +312,18 @@ def train_step(
     keep = lambda new, old: jax.tree.map(lambda a, b: jnp.where(bad, b, a), new, old)
     params, opt_state = keep(params, state.params), keep(opt_state, state.opt_state)
   metrics['bad_steps'] = bad.astype(jnp.float32)
-  metrics['param_norm'] = tree.norm(tree.split_floats(params)[0])
   metrics['tokens'] = count_tokens(batch, experiment.model)
   new = state_lib.TrainState(
       step=state.step + 1, params=params, opt_state=opt_state,
       recent_losses=spikes.remember(state.recent_losses, loss, bad),
   )
   return new, metrics
+
+
+@jax.jit
+def param_norm(params: Any) -> jax.Array:
+  """The L2 norm of all weights that are floats, float32 []; reads them all."""
+  return tree.norm(tree.split_floats(params)[0])
 
 
 def eval_step(

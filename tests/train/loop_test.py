@@ -122,7 +122,7 @@ def test_a_finished_run_leaves_everything_behind(config, tmp_path):
   assert names == {*(('train', i) for i in range(1, 7)), ('eval', 3), ('eval', 6)}
   wanted = {
       'loss', 'cross_entropy', 'load_balance_loss', 'z_loss', 'load_entropy', 'dropped',
-      'grad_norm', 'tokens_per_second', 'model_flops_utilisation', 'learning_rate',
+      'grad_norm', 'param_norm', 'tokens_per_second', 'model_flops_utilisation', 'learning_rate',
       'load/encoder/layers_0/ffn', 'load_entropy/decoder/layers_0/ffn',
   }
   assert wanted <= set(next(r for r in seen if r.step == 4).metrics)
