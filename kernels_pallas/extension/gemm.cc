@@ -14,8 +14,8 @@ namespace {
 // the inner ones.
 constexpr int64_t kMostChunk = 1 << 20, kChunkRows = 384, kBlockDepth = 256, kBlockFloats = 1 << 16;
 // Few rows: bytes of a column that go at a time, so many that their pages are known to the CPU at
-// once, and columns that are fetched early.
-constexpr int64_t kFewBytes = 64, kAheadColumns = 128;
+// once, and how far ahead a row is fetched.
+constexpr int64_t kFewBytes = 64, kAheadBytes = 512;
 
 constexpr int kLine = 64;  // Bytes.
 

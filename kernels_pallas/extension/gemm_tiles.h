@@ -187,15 +187,17 @@ Left pack_left(const Operand& a, int64_t rows, int64_t depth, Scratch& memory) {
   return left;
 }
 
-// As many columns as vectors of the right matrix fill, where it lies; returns how many.
+// Columns [j, columns) of the right matrix where it lies, as many as whole runs of vectors fill; what
+// is fetched early goes on at `next`, the rows to come. Returns the first column that is left.
 template <int kVectors, typename B>
-int64_t in_place(const float* a, const B* b, int64_t b_row, int64_t rows, int64_t columns,
-                 int64_t depth, float* c, int64_t c_row, bool add) {
-  constexpr int64_t kColumns = kVectors * kWidth;
+int64_t in_place(const float* a, const B* b, int64_t b_row, int64_t rows, int64_t j,
+                 int64_t columns, int64_t depth, float* c, int64_t c_row, bool add,
+                 const B* next) {
+  constexpr int64_t kColumns = kVectors * kWidth, kAhead = kAheadBytes / sizeof(B);
   const int64_t parts = ceil_div(rows, kMostSums / kVectors);
-  int64_t j = 0;
   for (; j + kColumns <= columns; j += kColumns) {
-    Ahead ahead{reinterpret_cast<const char*>(b + j + kAheadColumns),
+    const bool here = j + kAhead < columns;
+    Ahead ahead{reinterpret_cast<const char*>(here ? b + j + kAhead : next + j + kAhead - columns),
                 b_row * static_cast<int64_t>(sizeof(B))};
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t begin = begin_of(part, parts, rows), end = begin_of(part + 1, parts, rows);
@@ -220,12 +222,14 @@ void one_tile(const Left& left, const Operand& b, int64_t columns, float* c, int
     const B* from = static_cast<const B*>(b.data) + k * b.depth;
     const float* a = left.tile(0, k);
     const bool add = k > 0;
+    const B* next = from + (k + deep < left.depth ? deep * b.depth : 0);
+    const auto cover = [&](auto product) {
+      j = product(a, from, b.depth, rows, j, columns, deep, c, c_row, add, next);
+    };
     j = 0;
-    if (rows * 8 <= kMostSums) {
-      j += in_place<8>(a, from, b.depth, rows, columns, deep, c, c_row, add);
-    }
-    j += in_place<4>(a, from + j, b.depth, rows, columns - j, deep, c + j, c_row, add);
-    j += in_place<2>(a, from + j, b.depth, rows, columns - j, deep, c + j, c_row, add);
+    if (rows * 8 <= kMostSums) cover(in_place<8, B>);
+    cover(in_place<4, B>);
+    cover(in_place<2, B>);
   }
   if (j == columns) return;
   float* packed = memory.of(left.depth * kPanel);

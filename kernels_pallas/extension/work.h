@@ -4,9 +4,11 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <utility>
@@ -21,6 +23,73 @@ using F32 = xla::ffi::Buffer<xla::ffi::F32>;
 using S32 = xla::ffi::Buffer<xla::ffi::S32>;
 using U32 = xla::ffi::Buffer<xla::ffi::U32>;
 using U16 = xla::ffi::Buffer<xla::ffi::U16>;
+
+// Threads of the pool that have helped and wait a while for more: to wake one takes longer than some
+// products do.
+class Waiting {
+ public:
+  // Hands the job to a thread that waits, if there is one.
+  bool hand(const std::function<void()>& job) {
+    if (threads_.load(std::memory_order_relaxed) == 0) return false;
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (threads_ == 0) return false;
+    --threads_;
+    jobs_.push_back(job);
+    handed_.store(jobs_.size(), std::memory_order_release);
+    return true;
+  }
+
+  // Waits for jobs and does them, until for kWait none has come.
+  void stay() {
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      ++threads_;
+    }
+    using Clock = std::chrono::steady_clock;
+    for (auto end = Clock::now() + kWait; Clock::now() < end;) {
+      if (handed_.load(std::memory_order_acquire) == 0) continue;
+      if (take(true)) end = Clock::now() + kWait;
+    }
+    while (!leave()) take(false);
+  }
+
+ private:
+  static constexpr std::chrono::microseconds kWait{100};
+
+  bool take(bool stays) {
+    std::function<void()> job;
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      if (jobs_.empty()) return false;
+      job = std::move(jobs_.back());
+      jobs_.pop_back();
+      handed_.store(jobs_.size(), std::memory_order_release);
+    }
+    job();
+    if (stays) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      ++threads_;
+    }
+    return true;
+  }
+
+  // Counts this thread off, unless a job has been handed to it.
+  bool leave() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (threads_ == 0) return jobs_.empty();
+    --threads_;
+    return true;
+  }
+
+  std::mutex mutex_;
+  std::vector<std::function<void()>> jobs_;
+  std::atomic<int64_t> threads_{0}, handed_{0};
+};
+
+inline Waiting& waiting() {
+  static Waiting* const all = new Waiting;
+  return *all;
+}
 
 // Calls work(i) for each i < n, here and on the pool's threads. It never waits for a thread to
 // start, so it may itself run on one of them: what no other thread has begun is done here.
@@ -44,7 +113,13 @@ void share(xla::ffi::ThreadPool& pool, int64_t n, Work work) {
     }
   };
   const int64_t helpers = std::min<int64_t>(pool.num_threads(), n) - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(decltype(run)(run));
+  for (int64_t i = 0; i < helpers; ++i) {
+    if (waiting().hand(run)) continue;
+    pool.Schedule([run]() mutable {
+      run();
+      waiting().stay();
+    });
+  }
   run();
   std::unique_lock<std::mutex> lock(state->mutex);
   state->all_done.wait(lock, [&] { return state->done == n; });
