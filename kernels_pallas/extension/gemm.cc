@@ -19,10 +19,10 @@ constexpr int64_t kFewBytes = 64, kAheadBytes = 512;
 
 constexpr int kLine = 64;  // Bytes.
 
-// What is fetched into the cache early.
+// What is fetched into the cache early, a line for so many k.
 struct Ahead {
   const char* data;
-  int64_t stride;
+  int64_t stride, every;
 };
 
 typedef float V4 __attribute__((vector_size(16)));

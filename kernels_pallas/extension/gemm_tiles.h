@@ -19,26 +19,29 @@ TARGET inline void load(const uint16_t* from, Vector& to) {
 }
 
 // c [kRows][kVectors * kWidth] = or += the product of a [depth][kLanes] and b [depth][b_row].
-// Meanwhile it fetches what lies `stride` bytes apart from `ahead` on, a line for each k.
+// Meanwhile it fetches what lies `stride` bytes apart from `ahead` on, a line for `every` k.
 template <int kVectors, typename B, int kRows>
 TARGET void tile(const float* a, const B* b, int64_t b_row, int64_t depth, float* c, int64_t c_row,
                  bool add, const Ahead& ahead) {
-  // A panel's tile has one line to fetch for each k, a wider one those beside what it reads.
+  // A panel's tile has a line to fetch at a time, a wider one those beside what it reads.
   constexpr int kFetched =
       kVectors > kPanelVectors ? kVectors * kWidth * static_cast<int>(sizeof(B)) / kLine : 1;
   Vector sum[kRows][kVectors] = {};
   const char* next = ahead.data;
-  for (int64_t k = 0; k < depth; ++k, a += kLanes, b += b_row, next += ahead.stride) {
-    Vector right[kVectors];
-#pragma GCC unroll 16
-    for (int v = 0; v < kVectors; ++v) {
-      load(b + v * kWidth, right[v]);
-    }
+  for (int64_t k = 0; k < depth; next += ahead.stride) {
     for (int line = 0; line < kFetched; ++line) __builtin_prefetch(next + line * kLine, 0, 2);
+    const int64_t end = std::min(depth, k + ahead.every);
+    for (; k < end; ++k, a += kLanes, b += b_row) {
+      Vector right[kVectors];
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
+      for (int v = 0; v < kVectors; ++v) {
+        load(b + v * kWidth, right[v]);
+      }
 #pragma GCC unroll 16
-      for (int v = 0; v < kVectors; ++v) sum[r][v] += a[r] * right[v];
+      for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 16
+        for (int v = 0; v < kVectors; ++v) sum[r][v] += a[r] * right[v];
+      }
     }
   }
 #pragma GCC unroll 16
@@ -198,7 +201,7 @@ int64_t in_place(const float* a, const B* b, int64_t b_row, int64_t rows, int64_
   for (; j + kColumns <= columns; j += kColumns) {
     const bool here = j + kAhead < columns;
     Ahead ahead{reinterpret_cast<const char*>(here ? b + j + kAhead : next + j + kAhead - columns),
-                b_row * static_cast<int64_t>(sizeof(B))};
+                b_row * static_cast<int64_t>(sizeof(B)), 1};
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t begin = begin_of(part, parts, rows), end = begin_of(part + 1, parts, rows);
       tile_of<kVectors, B>(end - begin)(a + begin, b + j, b_row, depth, c + begin * c_row + j,
@@ -235,38 +238,43 @@ void one_tile(const Left& left, const Operand& b, int64_t columns, float* c, int
   float* packed = memory.of(left.depth * kPanel);
   pack(b, j, columns - j, 0, left.depth, packed, kPanel);
   tile_of<kPanelVectors, float>(rows)(left.data, packed, kPanel, left.depth, c + j, c_row, false,
-                                      Ahead{reinterpret_cast<const char*>(packed), 0});
+                                      Ahead{reinterpret_cast<const char*>(packed), 0, left.depth});
 }
 
-// The lines of the next block of the right matrix, dealt to the tiles of this one.
+// The lines of the next block of the right matrix, dealt evenly to the tiles of this one: at once
+// they would take the places that loads from near caches need.
 class Fetch {
  public:
   // A block of `depth` by `columns` from element (i, k) on, fetched by `tiles` tiles.
-  Fetch(const Operand& b, int64_t i, int64_t k, int64_t depth, int64_t columns, int64_t tiles)
-      : tiles_(tiles) {
+  Fetch(const Operand& b, int64_t i, int64_t k, int64_t depth, int64_t columns, int64_t tiles) {
     const int64_t size = b.half ? 2 : 4, run = b.lane == 1 ? columns : depth;
-    next_ = {static_cast<const char*>(b.data) + (i * b.lane + k * b.depth) * size,
-             (b.lane == 1 ? b.depth : b.lane) * size};
+    data_ = static_cast<const char*>(b.data) + (i * b.lane + k * b.depth) * size;
+    stride_ = (b.lane == 1 ? b.depth : b.lane) * size;
+    runs_ = b.lane == 1 ? depth : columns;
     lines_ = ceil_div(run * size, kLine);
+    every_ = std::max<int64_t>(tiles * depth / (lines_ * runs_), 1);
+    most_ = ceil_div(depth, every_);
   }
 
-  // What the next tile fetches: nothing but the line at `idle` where its turn has not come.
+  // What the next tile fetches; the line at `idle` where nothing is left.
   Ahead turn(const void* idle) {
-    const bool due = fetched_ < lines_ && fetched_ * tiles_ <= turns_++ * lines_;
-    if (!due) return {static_cast<const char*>(idle), 0};
-    return {next_.data + kLine * fetched_++, next_.stride};
+    if (line_ == lines_) return {static_cast<const char*>(idle), 0, every_};
+    const Ahead part{data_ + kLine * line_ + stride_ * run_, stride_, every_};
+    run_ += most_;
+    if (run_ >= runs_) run_ = 0, ++line_;
+    return part;
   }
 
  private:
-  Ahead next_;
-  int64_t tiles_, lines_, fetched_ = 0, turns_ = 0;
+  const char* data_;
+  int64_t stride_, runs_, lines_, every_, most_, line_ = 0, run_ = 0;
 };
 
 // Nothing is fetched early of a matrix in codes: it is small.
 template <typename Right>
 struct NoFetch {
   NoFetch(const Right&, int64_t, int64_t, int64_t, int64_t, int64_t) {}
-  Ahead turn(const void* idle) { return {static_cast<const char*>(idle), 0}; }
+  Ahead turn(const void* idle) { return {static_cast<const char*>(idle), 0, kBlockDepth}; }
 };
 
 // Columns [j, j + width) of many rows: c [rows][c_row].

@@ -11,6 +11,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <thread>
 #include <utility>
 #include <vector>
 
@@ -24,71 +25,75 @@ using S32 = xla::ffi::Buffer<xla::ffi::S32>;
 using U32 = xla::ffi::Buffer<xla::ffi::U32>;
 using U16 = xla::ffi::Buffer<xla::ffi::U16>;
 
-// Threads of the pool that have helped and wait a while for more: to wake one takes longer than some
-// products do.
-class Waiting {
+// Threads look for a while before they sleep: a product of few rows takes less time than to wake
+// one.
+constexpr std::chrono::microseconds kStay{100};
+
+// Looks again and again whether `ready`; false if for `wait` it has not been.
+template <typename Ready>
+bool until(std::chrono::microseconds wait, Ready ready) {
+  using Clock = std::chrono::steady_clock;
+  for (const auto end = Clock::now() + wait; !ready(); std::this_thread::yield()) {
+    if (Clock::now() > end) return false;
+  }
+  return true;
+}
+
+// Threads of the pool that have helped and stay a while for more.
+class Staying {
  public:
-  // Hands the job to a thread that waits, if there is one.
-  bool hand(const std::function<void()>& job) {
-    if (threads_.load(std::memory_order_relaxed) == 0) return false;
+  using Job = std::function<void()>;
+
+  // Hands the job to a thread that stays; false if all have one.
+  bool hand(const Job& job) {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (threads_ == 0) return false;
-    --threads_;
+    if (free_ == 0) return false;
+    --free_;
     jobs_.push_back(job);
-    handed_.store(jobs_.size(), std::memory_order_release);
+    handed_.store(true, std::memory_order_release);
     return true;
   }
 
-  // Waits for jobs and does them, until for kWait none has come.
+  // Does the jobs that are handed over until for a while none has come.
   void stay() {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      ++threads_;
+    join();
+    while (until(kStay, [&] { return handed_.load(std::memory_order_acquire); })) {
+      if (const Job job = take(false)) {
+        job();
+        join();
+      }
     }
-    using Clock = std::chrono::steady_clock;
-    for (auto end = Clock::now() + kWait; Clock::now() < end;) {
-      if (handed_.load(std::memory_order_acquire) == 0) continue;
-      if (take(true)) end = Clock::now() + kWait;
-    }
-    while (!leave()) take(false);
+    if (const Job job = take(true)) job();
   }
 
  private:
-  static constexpr std::chrono::microseconds kWait{100};
-
-  bool take(bool stays) {
-    std::function<void()> job;
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      if (jobs_.empty()) return false;
-      job = std::move(jobs_.back());
-      jobs_.pop_back();
-      handed_.store(jobs_.size(), std::memory_order_release);
-    }
-    job();
-    if (stays) {
-      std::lock_guard<std::mutex> lock(mutex_);
-      ++threads_;
-    }
-    return true;
+  void join() {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ++free_;
   }
 
-  // Counts this thread off, unless a job has been handed to it.
-  bool leave() {
+  // A job, or none; a thread that leaves without one is free no more.
+  Job take(bool leaves) {
     std::lock_guard<std::mutex> lock(mutex_);
-    if (threads_ == 0) return jobs_.empty();
-    --threads_;
-    return true;
+    if (jobs_.empty()) {
+      if (leaves) --free_;
+      return nullptr;
+    }
+    const Job job = std::move(jobs_.back());
+    jobs_.pop_back();
+    handed_.store(!jobs_.empty(), std::memory_order_release);
+    return job;
   }
 
   std::mutex mutex_;
-  std::vector<std::function<void()>> jobs_;
-  std::atomic<int64_t> threads_{0}, handed_{0};
+  std::vector<Job> jobs_;
+  int64_t free_ = 0;  // Threads that stay, less those that a job has been handed to.
+  std::atomic<bool> handed_{false};
 };
 
-inline Waiting& waiting() {
-  static Waiting* const all = new Waiting;
-  return *all;
+inline Staying& staying() {
+  static Staying* const threads = new Staying;
+  return *threads;
 }
 
 // Calls work(i) for each i < n, here and on the pool's threads. It never waits for a thread to
@@ -96,8 +101,7 @@ inline Waiting& waiting() {
 template <typename Work>
 void share(xla::ffi::ThreadPool& pool, int64_t n, Work work) {
   struct State {
-    std::atomic<int64_t> next{0};
-    int64_t done = 0;
+    std::atomic<int64_t> next{0}, done{0};
     std::mutex mutex;
     std::condition_variable all_done;
   };
@@ -106,23 +110,24 @@ void share(xla::ffi::ThreadPool& pool, int64_t n, Work work) {
   auto run = [state, n, &work] {
     int64_t own = 0;
     for (int64_t i; (i = state->next.fetch_add(1)) < n; ++own) work(i);
-    if (own) {
+    if (own && state->done.fetch_add(own) + own == n) {
       std::lock_guard<std::mutex> lock(state->mutex);
-      state->done += own;
-      if (state->done == n) state->all_done.notify_all();
+      state->all_done.notify_all();
     }
   };
   const int64_t helpers = std::min<int64_t>(pool.num_threads(), n) - 1;
   for (int64_t i = 0; i < helpers; ++i) {
-    if (waiting().hand(run)) continue;
-    pool.Schedule([run]() mutable {
+    if (staying().hand(run)) continue;
+    pool.Schedule([run] {
       run();
-      waiting().stay();
+      staying().stay();
     });
   }
   run();
+  const auto done = [&] { return state->done == n; };
+  if (until(kStay, done)) return;
   std::unique_lock<std::mutex> lock(state->mutex);
-  state->all_done.wait(lock, [&] { return state->done == n; });
+  state->all_done.wait(lock, done);
 }
 
 // Rows [first, first + rows) of x, all of one expert, at most kMostLanes of them.
