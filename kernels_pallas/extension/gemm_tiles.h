@@ -252,7 +252,7 @@ class Fetch {
     stride_ = (b.lane == 1 ? b.depth : b.lane) * size;
     runs_ = b.lane == 1 ? depth : columns;
     lines_ = ceil_div(run * size, kLine);
-    every_ = std::max<int64_t>(tiles * depth / (lines_ * runs_), 1);
+    every_ = std::max<int64_t>(tiles * depth / std::max<int64_t>(lines_ * runs_, 1), 1);
     most_ = ceil_div(depth, every_);
   }
 
