@@ -111,12 +111,13 @@ TARGET void pack_rows(const T* from, int64_t lane, int64_t lanes, int64_t depth,
   }
 }
 
-// Lanes that lie beside each other, zeros past them.
+// Lanes that lie beside each other; past them are zeros or what lies there, which nothing reads.
 template <typename T>
 TARGET void pack_columns(const T* from, int64_t stride, int64_t lanes, int64_t depth, float* to,
                          int64_t width) {
   int64_t k = 0;
   if (lanes < kWidth && width <= kWidth && stride >= kWidth) {
+    // A vector goes no further than into the next k; of the last there is none.
     for (; k + 1 < depth; ++k, from += stride, to += width) {
       Vector part;
       load(from, part);
@@ -326,7 +327,8 @@ void multiply(const Operand& a, const Right& b, int64_t all_rows, int64_t column
       once = all_rows <= kMostRows && b.lane == 1 && depth > 0;
     }
     const int64_t deep = std::clamp<int64_t>(depth, 1, kBlockDepth);
-    const int64_t wide = once ? columns : std::max<int64_t>(kBlockFloats / (deep * kPanel), 1) * kPanel;
+    const int64_t panels = std::max<int64_t>(kBlockFloats / (deep * kPanel), 1);
+    const int64_t wide = once ? columns : panels * kPanel;
     for (int64_t j = 0; j < columns; j += wide) {
       const int64_t width = std::min(wide, columns - j);
       const Output part = out.from(0, j);

@@ -249,11 +249,9 @@ def run(
       watch.add(step, metrics)
       end = step == train.steps or over()
       if end or due(step, train.log_every):
-        extra = {
-            'learning_rate': float(rate(step - 1)), 'epoch': data.train.epoch_of(index + 1),
-            'param_norm': float(step_lib.param_norm(state.params)),
-        }
-        log.write('train', step, {**meter.means(), **extra})
+        extra = {'learning_rate': float(rate(step - 1)), 'epoch': data.train.epoch_of(index + 1)}
+        norm = float(step_lib.param_norm(state.params))
+        log.write('train', step, {**meter.means(), **extra, 'param_norm': norm})
       if data.valid is not None and (end or due(step, train.eval_every)):
         log.write('eval', step, evaluate(eval_step, state.params, data.valid, train, mesh))
         meter.reset()

@@ -1,15 +1,21 @@
 """The C++ library: built where it can be, and said to be missing where it cannot."""
 
+from concurrent import futures
 import importlib.util
 import os
 import pathlib
 import shutil
 import subprocess
 import sys
+import time
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from kernels_pallas import extension
+from kernels_pallas.grouped_matmul import cpu
 
 
 @pytest.fixture
@@ -61,3 +67,25 @@ def test_products_of_other_kinds_of_cpu(kind):
        'cpu and (height or ((product or outer) and (tails or groups or chunks)))'],
       env={**os.environ, 'MOEJAX_CPU': kind}, check=True, timeout=300,
   )
+
+
+def test_callers_at_once_share_the_threads_that_stay():
+  """Products one after another from several callers, with pauses after which no thread stays."""
+  rng = np.random.default_rng(0)
+  sizes = jnp.array([1, 0, 2, 1], jnp.int32)
+  of_row = np.repeat(np.arange(4), np.asarray(sizes))
+  product = jax.jit(cpu.product)
+
+  def call(seed):
+    own = np.random.default_rng(seed)
+    x = own.integers(-4, 5, (4, 96)).astype(np.float32)
+    for turn in range(150):
+      if turn % 50 == 49:
+        time.sleep(0.01)
+      y = np.asarray(product(x, weights, sizes))
+      np.testing.assert_array_equal(y, np.einsum('md,mdf->mf', x, weights[of_row]))
+    return seed
+
+  weights = rng.integers(-4, 5, (4, 96, 272)).astype(np.float32)
+  with futures.ThreadPoolExecutor(3) as pool:
+    assert list(pool.map(call, range(6))) == list(range(6))
