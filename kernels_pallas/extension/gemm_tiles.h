@@ -191,8 +191,8 @@ Left pack_left(const Operand& a, int64_t rows, int64_t depth, Scratch& memory) {
   return left;
 }
 
-// Columns [j, columns) of the right matrix where it lies, as many as whole runs of vectors fill; what
-// is fetched early goes on at `next`, the rows to come. Returns the first column that is left.
+// Columns [j, columns) of the right matrix where it lies, as many as whole runs of vectors fill.
+// What is fetched early goes on at `next`, the rows to come. Returns the first column that is left.
 template <int kVectors, typename B>
 int64_t in_place(const float* a, const B* b, int64_t b_row, int64_t rows, int64_t j,
                  int64_t columns, int64_t depth, float* c, int64_t c_row, bool add,
