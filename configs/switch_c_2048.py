@@ -4,9 +4,9 @@
     --set 'data.train_files=["/data/*.txt"]' --set data.tokenizer=/data/tokenizer.json
 
 A variant is a slice: the chips and how they are divided. All have been compiled and fit
-(`python -m experiments.pods --only switch_c`); none has been run. Tokens go to their experts by all-to-all in buffers of twice the even share, on v6e
-within one of the four slices; Adafactor without momentum keeps two vectors a matrix, as the paper
-trained it.
+(`python -m experiments.pods --only switch_c`); none has been run. Tokens go to their experts by
+all-to-all in buffers of twice the even share, on v6e within one of the four slices; Adafactor
+without momentum keeps two vectors a matrix, as the paper trained it.
 """
 
 import dataclasses
