@@ -28,11 +28,16 @@ def _take(x: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def sum_choices(x_mkd: jax.Array) -> jax.Array:
-  """Sum over the choices of a token, [m, d]; of few by additions, which cost a CPU less."""
+  """Sum over the choices of a token, [m, d], in float32 at least and rounded once.
+
+  Of few choices by additions, which cost a CPU less than a sum.
+  """
   count = x_mkd.shape[1]
   if count > 8:
     return x_mkd.sum(1)
-  return functools.reduce(jnp.add, jax.lax.split(x_mkd, [1] * count, axis=1))[:, 0]
+  wide = jnp.promote_types(x_mkd.dtype, jnp.float32)
+  parts = [part.astype(wide) for part in jax.lax.split(x_mkd, [1] * count, axis=1)]
+  return functools.reduce(jnp.add, parts)[:, 0].astype(x_mkd.dtype)
 
 
 @jax.custom_vjp
