@@ -69,6 +69,7 @@ def test_products_of_other_kinds_of_cpu(kind):
   )
 
 
+@pytest.mark.skipif(bool(extension.missing()), reason=extension.missing())
 def test_callers_at_once_share_the_threads_that_stay():
   """Products one after another from several callers, with pauses after which no thread stays."""
   rng = np.random.default_rng(0)
