@@ -20,6 +20,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+ATTENTION = 'moejax_attention'
+ATTENTION_GRADIENTS = 'moejax_attention_gradients'
 SUBBIT_MATMUL = 'moejax_subbit_matmul'
 CODEWORD_MATMUL = 'moejax_codeword_matmul'
 GROUPED_PRODUCT = 'moejax_grouped_product'
@@ -28,7 +30,8 @@ PACKED_MATMUL = 'moejax_packed_matmul'
 TERNARY_MATMUL = 'moejax_ternary_matmul'
 KINDS = ('avx512', 'avx2', 'any')
 FUNCTIONS = (
-    SUBBIT_MATMUL, CODEWORD_MATMUL, GROUPED_PRODUCT, GROUPED_OUTER, PACKED_MATMUL, TERNARY_MATMUL,
+    ATTENTION, ATTENTION_GRADIENTS, SUBBIT_MATMUL, CODEWORD_MATMUL, GROUPED_PRODUCT, GROUPED_OUTER,
+    PACKED_MATMUL, TERNARY_MATMUL,
 )
 
 
@@ -61,8 +64,8 @@ def values(a: jax.Array) -> jax.Array:
   return a if a.dtype == jnp.bfloat16 else a.astype(jnp.float32)
 
 
-def call(name: str, out: jax.ShapeDtypeStruct) -> Callable[..., jax.Array]:
-  """The function of the library that returns `out`.
+def call(name: str, out: Any) -> Callable[..., Any]:
+  """The function of the library that returns `out`, a ShapeDtypeStruct or several of them.
 
   Raises:
     RuntimeError: the library is missing.

@@ -5,7 +5,9 @@
 #include <cstring>
 #include <type_traits>
 #include <utility>
-#include <vector>
+
+#include "halves.h"
+#include "scratch.h"
 
 namespace moejax {
 namespace {
@@ -32,37 +34,6 @@ typedef int32_t I4 __attribute__((vector_size(16)));
 #else
 #define SHUFFLE(A, B, ...) __builtin_shuffle(A, B, (I4){__VA_ARGS__})
 #endif
-
-// Memory of a thread that is kept from call to call.
-class Scratch {
- public:
-  float* of(int64_t floats) {
-    constexpr int64_t kAlign = 64;
-    if (static_cast<int64_t>(kept_.size()) < floats + kAlign) kept_.resize(floats + kAlign);
-    const auto at = reinterpret_cast<uintptr_t>(kept_.data());
-    return reinterpret_cast<float*>((at + kAlign - 1) / kAlign * kAlign);
-  }
-
- private:
-  std::vector<float> kept_;
-};
-
-inline float widen(float value) { return value; }
-
-inline float widen(uint16_t half) {
-  const uint32_t bits = uint32_t{half} << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-// To the nearest, of two the even one; what is no number stays none.
-inline uint16_t narrow(float value) {
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  if ((bits & 0x7FFFFFFF) > 0x7F800000) return (bits >> 16) | 0x40;
-  return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16;
-}
 
 // Inputs that a right matrix is divided between.
 template <typename Right>

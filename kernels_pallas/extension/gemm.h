@@ -58,13 +58,14 @@ struct Output {
   void* data;
   bool half;
   int64_t row;
+  bool add = false;  // Float32 only: the product is added to what is there.
 
   Output from(int64_t i, int64_t j) const {
-    return {static_cast<char*>(data) + (i * row + j) * (half ? 2 : 4), half, row};
+    return {static_cast<char*>(data) + (i * row + j) * (half ? 2 : 4), half, row, add};
   }
 };
 
-// out(i, j) = sum over k < depth of a(i, k) b(j, k), for i < rows and j < columns.
+// out(i, j) = or += sum over k < depth of a(i, k) b(j, k), for i < rows and j < columns.
 void multiply(const Operand& a, const Operand& b, int64_t rows, int64_t columns, int64_t depth,
               const Output& out);
 void multiply(const Operand& a, const Packed& b, int64_t rows, int64_t columns, int64_t depth,

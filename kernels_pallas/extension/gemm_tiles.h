@@ -157,7 +157,7 @@ TARGET void pack(const Operand& from, int64_t first, int64_t lanes, int64_t k, i
 
 #include "gemm_codes.h"
 
-// Copies c [rows][c_row] to the output.
+// Copies c [rows][c_row] to the output, or adds it.
 TARGET inline void write(const float* c, int64_t c_row, int64_t rows, int64_t columns,
                          const Output& out) {
   for (int64_t i = 0; i < rows; ++i) {
@@ -165,8 +165,13 @@ TARGET inline void write(const float* c, int64_t c_row, int64_t rows, int64_t co
     if (out.half) {
       uint16_t* to = static_cast<uint16_t*>(out.data) + i * out.row;
       for (int64_t j = 0; j < columns; ++j) to[j] = narrow(row[j]);
+      continue;
+    }
+    float* to = static_cast<float*>(out.data) + i * out.row;
+    if (out.add) {
+      for (int64_t j = 0; j < columns; ++j) to[j] += row[j];
     } else {
-      std::memcpy(static_cast<float*>(out.data) + i * out.row, row, columns * sizeof(float));
+      std::memcpy(to, row, columns * sizeof(float));
     }
   }
 }
@@ -213,10 +218,11 @@ int64_t in_place(const float* a, const B* b, int64_t b_row, int64_t rows, int64_
   return j;
 }
 
-// One tile of rows: the right matrix is read once, where it lies, some rows of it at a time.
+// One tile of rows: the right matrix is read once, where it lies, some rows of it at a time. As in
+// `many_tiles`, c = or with `adds` += the product.
 template <typename B>
 void one_tile(const Left& left, const Operand& b, int64_t columns, float* c, int64_t c_row,
-              Scratch& memory) {
+              bool adds, Scratch& memory) {
   // Rows a multiple of 4096 bytes apart share the places of a cache of eight ways.
   const bool apart = b.depth * static_cast<int64_t>(sizeof(B)) % 4096 == 0;
   const int64_t most = apart ? 8 : kFewBytes / sizeof(B), rows = left.rows;
@@ -225,7 +231,7 @@ void one_tile(const Left& left, const Operand& b, int64_t columns, float* c, int
     const int64_t deep = std::min(most, left.depth - k);
     const B* from = static_cast<const B*>(b.data) + k * b.depth;
     const float* a = left.tile(0, k);
-    const bool add = k > 0;
+    const bool add = adds || k > 0;
     const B* next = from + (k + deep < left.depth ? deep * b.depth : 0);
     const auto cover = [&](auto product) {
       j = product(a, from, b.depth, rows, j, columns, deep, c, c_row, add, next);
@@ -238,7 +244,7 @@ void one_tile(const Left& left, const Operand& b, int64_t columns, float* c, int
   if (j == columns) return;
   float* packed = memory.of(left.depth * kPanel);
   pack(b, j, columns - j, 0, left.depth, packed, kPanel);
-  tile_of<kPanelVectors, float>(rows)(left.data, packed, kPanel, left.depth, c + j, c_row, false,
+  tile_of<kPanelVectors, float>(rows)(left.data, packed, kPanel, left.depth, c + j, c_row, adds,
                                       Ahead{reinterpret_cast<const char*>(packed), 0, left.depth});
 }
 
@@ -281,7 +287,7 @@ struct NoFetch {
 // Columns [j, j + width) of many rows: c [rows][c_row].
 template <typename Right>
 void many_tiles(const Left& left, const Right& b, int64_t j, int64_t width, int64_t columns,
-                float* c, int64_t c_row, Scratch& memory) {
+                float* c, int64_t c_row, bool adds, Scratch& memory) {
   using Early = std::conditional_t<std::is_same_v<Right, Operand>, Fetch, NoFetch<Right>>;
   constexpr int64_t unit = kUnit<Right>;
   const int64_t blocks = std::max<int64_t>(ceil_div(left.depth, kBlockDepth), 1);
@@ -304,8 +310,8 @@ void many_tiles(const Left& left, const Right& b, int64_t j, int64_t width, int6
         const float* panel = packed + p * most * kPanel;
         const int64_t begin = left.begin(t);
         tile_of<kPanelVectors, float>(left.begin(t + 1) - begin)(
-            left.tile(t, k), panel, kPanel, deep, c + begin * c_row + p * kPanel, c_row, block > 0,
-            early.turn(panel));
+            left.tile(t, k), panel, kPanel, deep, c + begin * c_row + p * kPanel, c_row,
+            adds || block > 0, early.turn(panel));
       }
     }
   }
@@ -335,12 +341,13 @@ void multiply(const Operand& a, const Right& b, int64_t all_rows, int64_t column
       // Whole vectors of float32 are summed where they belong.
       const bool there = !part.half && width % kPanel == 0;
       const int64_t c_row = there ? part.row : ceil_div(width, kPanel) * kPanel;
+      const bool adds = there && part.add;
       float* c = there ? static_cast<float*>(part.data) : sums.of(rows * c_row);
       if constexpr (std::is_same_v<Right, Operand>) {
         const auto product = b.half ? one_tile<uint16_t> : one_tile<float>;
-        if (once) product(left, b, columns, c, c_row, rights);
+        if (once) product(left, b, columns, c, c_row, adds, rights);
       }
-      if (!once) many_tiles(left, b, j, width, columns, c, c_row, rights);
+      if (!once) many_tiles(left, b, j, width, columns, c, c_row, adds, rights);
       if (!there) write(c, c_row, rows, width, part);
     }
   }

@@ -15,6 +15,7 @@
 #include <utility>
 #include <vector>
 
+#include "halves.h"
 #include "sums.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -189,11 +190,8 @@ class Values {
       : data_(buffer.untyped_data()), half_(buffer.element_type() == xla::ffi::BF16) {}
 
   float operator[](int64_t i) const {
-    if (!half_) return static_cast<const float*>(data_)[i];
-    const uint32_t bits = uint32_t{static_cast<const uint16_t*>(data_)[i]} << 16;
-    float value;
-    std::memcpy(&value, &bits, sizeof(value));
-    return value;
+    return half_ ? widen(static_cast<const uint16_t*>(data_)[i])
+                 : static_cast<const float*>(data_)[i];
   }
 
  private:

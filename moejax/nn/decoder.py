@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from kernels_pallas.attention import api as attention
 from moejax import sharding
 from moejax.config import EncoderConfig, StackConfig
 from moejax.errors import UserError
@@ -35,7 +36,7 @@ class Context:
   """What all layers share: rotary angles, masks by window, real tokens, their ids.
 
   turn: cos and sin [b, t, r], or None. masks: bool [b, 1, t, s] by window ('' for no window).
-  draws: a layer's recorded random numbers. in_order: see `causal.attend`.
+  draws: a layer's recorded random numbers. in_order: see `kernels_pallas.attention.api.attend`.
   """
 
   turn: tuple[jax.Array, jax.Array] | None
@@ -51,6 +52,7 @@ class SelfAttention(nn.Module):
 
   config: StackConfig
   window: int | None = None
+  mesh: Mesh | None = None
   train: bool = False
 
   @nn.compact
@@ -67,7 +69,10 @@ class SelfAttention(nn.Module):
     if cache is not None:
       cache = cache_lib.extend(cache, k, v, at)
       k, v = cache.k_bsgh.astype(q.dtype), cache.v_bsgh.astype(q.dtype)
-    mixed = causal.attend(q, k, v, context.masks[str(self.window or '')], context.in_order)
+    mixed = attention.attend(
+        q, k, v, context.masks[str(self.window or '')], in_order=context.in_order,
+        sharded=self.mesh is not None and self.mesh.size > 1,
+    )
     y = causal.output(params, mixed)
     x_btd = x_btd + nn.Dropout(c.dropout_rate, deterministic=not self.train)(y)
     return norm_after(c, x_btd, scale, bias), cache
@@ -102,7 +107,7 @@ class DecoderLayer(nn.Module):
   observe: bool = False
 
   def setup(self):
-    self.attention = SelfAttention(self.config, self.window, self.train)
+    self.attention = SelfAttention(self.config, self.window, self.mesh, self.train)
     self.ffn: Any = (
         MoeFfn(self.config, self.mesh, self.train)
         if self.sparse else DenseFfn(self.config, self.train, self.observe)

@@ -59,12 +59,12 @@ def test_another_library_is_not_taken(anew, monkeypatch, tmp_path):
 def test_products_of_other_kinds_of_cpu(kind):
   """Each in a process of its own, which takes the kind where this machine has it."""
   files = [
-      str(pathlib.Path(__file__).with_name(f'{name}_matmul_test.py'))
-      for name in ('grouped', 'packed', 'ternary')
+      str(pathlib.Path(__file__).with_name(f'{name}_test.py'))
+      for name in ('attention', 'grouped_matmul', 'packed_matmul', 'ternary_matmul')
   ]
   subprocess.run(
       [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', *files, '-k',
-       'cpu and (height or ((product or outer) and (tails or groups or chunks)))'],
+       'cpu and (height or attention_and or ((product or outer) and (tails or groups or chunks)))'],
       env={**os.environ, 'MOEJAX_CPU': kind}, check=True, timeout=300,
   )
 
