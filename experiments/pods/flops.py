@@ -12,7 +12,8 @@ def matmul_flops(jaxpr: core.Jaxpr, filled: float = 1.0) -> float:
 
   A scan counts as often as it runs, a loop of unknown length once, of branches the dearest one. A
   kernel counts what it declares, times the share of its rows that are `filled`: the grouped
-  products declare their whole buffers and skip the tiles without rows.
+  products declare their whole buffers and skip the tiles without rows. One that declares nothing,
+  as JAX's attention, counts the products of every step of its grid, those that it skips too.
   """
   return sum(_equation(equation, filled) for equation in jaxpr.eqns)
 
@@ -34,7 +35,9 @@ def _equation(equation: core.JaxprEqn, filled: float) -> float:
     return 2.0 * math.prod(output.shape) * math.prod(left.shape[axis] for axis in contract)
   if name == 'pallas_call':
     cost: pl.CostEstimate | None = params['cost_estimate']
-    return filled * float(cost.flops) if cost else 0.0
+    if cost:
+      return filled * float(cost.flops)
+    return math.prod(params['grid_mapping'].grid) * matmul_flops(params['jaxpr'], filled)
   inner = [matmul_flops(jaxpr, filled) for value in params.values() for jaxpr in _jaxprs(value)]
   if name == 'scan':
     return params['length'] * sum(inner)

@@ -1,14 +1,15 @@
-"""The entry to attention: C++ where the whole of it is on a CPU, else XLA."""
+"""The entry to attention: C++ on a CPU, splash attention on TPU, else XLA."""
 
 import jax
 
 from kernels_pallas import extension
-from kernels_pallas.attention import ref, vjp
+from kernels_pallas.attention import ref, tpu, vjp
 
 
 def attend(
     q_btnh: jax.Array, k_bsgh: jax.Array, v_bsgh: jax.Array, mask_b1ts: jax.Array, *,
-    in_order: bool = False, sharded: bool = False,
+    in_order: bool = False, window: int | None = None, segment_bt: jax.Array | None = None,
+    platform: str = '',
 ) -> jax.Array:
   """softmax(q k^T / sqrt(h)) v, [b, t, n, h] in q's dtype; query head i sees key head i * g // n.
 
@@ -16,10 +17,13 @@ def attend(
 
   Args:
     mask_b1ts: bool, which keys a query sees.
-    in_order: no query sees a key of a later index (t = s). By XLA, texts of 129 to 2,048 then go a
-      block of queries at a time, each with the keys up to its last, which is little over half of
-      the work. The C++ reads from the mask which keys it can leave out.
-    sharded: the arrays are divided among devices by XLA, which cannot divide the C++.
+    in_order: a query sees the keys up to its own index (t = s) that are in its window and of its
+      segment, and no others: what the mask says too. The TPU kernel reads this and not the mask; by
+      XLA, texts of 129 to 2,048 go a block of queries at a time, each with the keys up to its last,
+      little over half of the work. The C++ reads from the mask what it can leave out.
+    window, segment_bt: as for `moejax.ops.causal.mask`; only read with in_order.
+    platform: that the program is for, by default JAX's own. The choice is made when it is traced,
+      since what is kept for the gradients differs.
 
   Raises:
     ValueError: shapes that do not fit.
@@ -33,7 +37,10 @@ def attend(
         f'attention: q {q_btnh.shape}, k {k_bsgh.shape}, v {v_bsgh.shape} and mask '
         f'{mask_b1ts.shape} do not fit [b, t, n, h], [b, s, g, h] and [b, 1, t, s]'
     )
-  elsewhere = sharded or jax.default_backend() != 'cpu'
-  if elsewhere or extension.without(q_btnh.dtype, k_bsgh.dtype, v_bsgh.dtype):
-    return ref.attend(q_btnh, k_bsgh, v_bsgh, mask_b1ts, in_order)
-  return vjp.attend(q_btnh, k_bsgh, v_bsgh, mask_b1ts, in_order)
+  platform = platform or jax.default_backend()
+  dtypes = q_btnh.dtype, k_bsgh.dtype, v_bsgh.dtype
+  if platform == 'cpu' and not extension.without(*dtypes):
+    return vjp.attend(q_btnh, k_bsgh, v_bsgh, mask_b1ts, in_order)
+  if platform == 'tpu' and not tpu.supports(t, s, in_order, *dtypes):
+    return tpu.attend(q_btnh, k_bsgh, v_bsgh, segment_bt, window)
+  return ref.attend(q_btnh, k_bsgh, v_bsgh, mask_b1ts, in_order)

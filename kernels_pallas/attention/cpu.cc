@@ -251,8 +251,9 @@ class Block {
         work(i, data + first_ + i * shape_.heads * shape_.width);
       }
     };
-    if (buffer.element_type() == ffi::BF16) return run(static_cast<uint16_t*>(buffer.untyped_data()));
-    run(static_cast<float*>(buffer.untyped_data()));
+    void* data = buffer.untyped_data();
+    if (buffer.element_type() == ffi::BF16) return run(static_cast<uint16_t*>(data));
+    run(static_cast<float*>(data));
   }
 
   const Shape shape_;

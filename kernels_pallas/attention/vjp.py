@@ -19,9 +19,9 @@ def attend(
 
 
 def _both(q_btnh, k_bsgh, v_bsgh, mask_b1ts, in_order):
-  def by_xla(q_btnh, *others):
-    b, t, n, _ = q_btnh.shape
-    return ref.attend(q_btnh, *others, in_order), jnp.zeros((b, n, t), jnp.float32)
+  def by_xla(q, k, v, mask):
+    b, t, n, _ = q.shape
+    return ref.attend(q, k, v, mask, in_order), jnp.zeros((b, n, t), jnp.float32)
 
   return jax.lax.platform_dependent(
       q_btnh, k_bsgh, v_bsgh, mask_b1ts, cpu=cpu.attend, default=by_xla
@@ -34,10 +34,10 @@ def _fwd(q_btnh, k_bsgh, v_bsgh, mask_b1ts, in_order):
 
 
 def _bwd(in_order, residuals, dout_btnh):
-  def by_xla(q_btnh, k_bsgh, v_bsgh, mask_b1ts, out_btnh, whole_bnt, dout_btnh):
-    del out_btnh, whole_bnt
-    own = lambda *qkv: ref.attend(*qkv, mask_b1ts, in_order)
-    return jax.vjp(own, q_btnh, k_bsgh, v_bsgh)[1](dout_btnh)
+  def by_xla(q, k, v, mask, out, whole, dout):
+    del out, whole
+    own = lambda q, k, v: ref.attend(q, k, v, mask, in_order)
+    return jax.vjp(own, q, k, v)[1](dout)
 
   grads = jax.lax.platform_dependent(
       *residuals, dout_btnh, cpu=cpu.gradients, default=by_xla

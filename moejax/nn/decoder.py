@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from kernels_pallas.attention import api as attention
 from moejax import sharding
 from moejax.config import EncoderConfig, StackConfig
 from moejax.errors import UserError
@@ -36,13 +35,15 @@ class Context:
   """What all layers share: rotary angles, masks by window, real tokens, their ids.
 
   turn: cos and sin [b, t, r], or None. masks: bool [b, 1, t, s] by window ('' for no window).
-  draws: a layer's recorded random numbers. in_order: see `kernels_pallas.attention.api.attend`.
+  segment_bt: numbers of the queries' packed documents, or None. draws: a layer's recorded random
+  numbers. in_order: see `kernels_pallas.attention.api.attend`.
   """
 
   turn: tuple[jax.Array, jax.Array] | None
   masks: dict[str, jax.Array]
   valid_bt: jax.Array | None
   tokens_bt: jax.Array | None
+  segment_bt: jax.Array | None = None
   draws: Draws | None = None
   in_order: bool = dataclasses.field(default=False, metadata={'static': True})
 
@@ -69,9 +70,9 @@ class SelfAttention(nn.Module):
     if cache is not None:
       cache = cache_lib.extend(cache, k, v, at)
       k, v = cache.k_bsgh.astype(q.dtype), cache.v_bsgh.astype(q.dtype)
-    mixed = attention.attend(
+    mixed = causal.attend(
         q, k, v, context.masks[str(self.window or '')], in_order=context.in_order,
-        sharded=self.mesh is not None and self.mesh.size > 1,
+        window=self.window, segment_bt=context.segment_bt, mesh=self.mesh,
     )
     y = causal.output(params, mixed)
     x_btd = x_btd + nn.Dropout(c.dropout_rate, deterministic=not self.train)(y)
@@ -181,7 +182,7 @@ def make_context(
       for window in windows(config)
   }
   return Context(
-      turn=turn, masks=masks, valid_bt=valid_bt, tokens_bt=tokens_bt,
+      turn=turn, masks=masks, valid_bt=valid_bt, tokens_bt=tokens_bt, segment_bt=of_query,
       in_order=in_order and config.causal,
   )
 

@@ -1,11 +1,16 @@
 """Attention within one stack, mostly causal: grouped queries, windows, packed documents."""
 
 from collections.abc import Mapping
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 
+from kernels_pallas.attention import api as attention
+from kernels_pallas.attention import ref as attention_by_xla
+from moejax import sharding
 from moejax.ops import norm, rope
 from moejax.ops.linear import linear
 
@@ -70,6 +75,31 @@ def project(
   if turn is not None:
     q, k = rope.rotate(q, *turn), rope.rotate(k, *turn)
   return q, k, v
+
+
+def attend(
+    q_btnh: jax.Array, k_bsgh: jax.Array, v_bsgh: jax.Array, mask_b1ts: jax.Array, *,
+    in_order: bool = False, window: int | None = None, segment_bt: jax.Array | None = None,
+    mesh: Mesh | None = None,
+) -> jax.Array:
+  """`kernels_pallas.attention.api.attend`; on a mesh each device attends for its texts and heads.
+
+  Where they do not divide over the devices XLA divides its own products.
+  """
+  run = functools.partial(
+      attention.attend, in_order=in_order, window=window,
+      platform='' if mesh is None else mesh.devices.flat[0].platform,
+  )
+  if mesh is None or mesh.size == 1:
+    return run(q_btnh, k_bsgh, v_bsgh, mask_b1ts, segment_bt=segment_bt)
+  if len(mask_b1ts) % sharding.batch_ways(mesh) or k_bsgh.shape[2] % mesh.shape['tensor']:
+    return attention_by_xla.attend(q_btnh, k_bsgh, v_bsgh, mask_b1ts, in_order)
+  rows = PartitionSpec(sharding.BATCH_AXES)
+  heads = PartitionSpec(sharding.BATCH_AXES, None, 'tensor')
+  return sharding.manual(
+      lambda *args: run(*args[:4], segment_bt=args[4]), mesh,
+      in_specs=(heads, heads, heads, rows, rows), out_specs=heads,
+  )(q_btnh, k_bsgh, v_bsgh, mask_b1ts, segment_bt)
 
 
 def output(params: Mapping[str, Any], mixed_btnh: jax.Array) -> jax.Array:

@@ -55,6 +55,19 @@ def test_a_kernel_counts_the_rows_that_are_filled():
   assert flops.filled_share(None, 1) == flops.filled_share(2.0, 1) == 1.0
 
 
+def test_a_kernel_that_declares_nothing_counts_the_products_of_each_step():
+  def kernel(x_ref, y_ref):
+    y_ref[...] = x_ref[...] @ x_ref[...]
+
+  def call(x):
+    spec = pl.BlockSpec((8, 8), lambda i: (i, 0))
+    shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    return pl.pallas_call(kernel, out_shape=shape, grid=(3,), in_specs=[spec], out_specs=spec)(x)
+
+  assert count(call, (24, 8)) == 3 * 2 * 8 * 8 * 8
+  assert count(jax.vmap(call), (5, 24, 8)) == 5 * 3 * 2 * 8 * 8 * 8
+
+
 def test_a_region_counts_on_all_of_its_devices():
   mesh = jax.make_mesh((4,), ('a',), axis_types=(jax.sharding.AxisType.Auto,))
   split = jax.shard_map(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas import extension
-from kernels_pallas.attention import api, cpu, ref, vjp
+from kernels_pallas.attention import api, cpu, ref, tpu, vjp
 from moejax.ops import causal
 
 needs_cpp = pytest.mark.skipif(bool(extension.missing()), reason=extension.missing())
@@ -18,6 +18,17 @@ WAYS = {
     'xla_blocks': functools.partial(ref.attend, in_order=True),
     'cpu': functools.partial(vjp.attend, in_order=True),
 }
+
+
+def by_tpu(case):
+  """The TPU kernel's arguments after q, k and v: it reads no mask."""
+  cut = case.t // 3
+  segment = jnp.where(jnp.arange(case.t) < cut, 1, 2)[None].repeat(case.b, 0)
+  return (
+      segment if case.kind == 'documents' else None, 40 if case.kind == 'window' else None
+  )
+
+
 WAY = pytest.mark.parametrize('way', ['xla', 'xla_blocks', pytest.param('cpu', marks=needs_cpp)])
 
 
@@ -125,6 +136,23 @@ def test_bfloat16(way, case):
     np.testing.assert_allclose(np.float64(got), wanted, rtol=2e-2, atol=5e-2)
 
 
+@pytest.mark.parametrize('case', [
+    Case(256, 256, h=64, b=1), Case(300, 300, kind='window', b=1),
+    Case(290, 290, kind='documents', h=128),
+], ids=lambda c: c.kind)
+def test_the_tpu_kernel(case):
+  """Interpreted, bfloat16."""
+  qkv, mask, dout = problem(case, jnp.bfloat16)
+  expected, gradients = attention64(qkv, mask, dout)
+  run = lambda *qkv: tpu.attend(*qkv, *by_tpu(case), interpret=True)
+  out, pull = jax.vjp(run, *qkv)
+  assert not tpu.supports(case.t, case.s, True, *(x.dtype for x in qkv))
+  np.testing.assert_allclose(np.float64(out), expected, rtol=2e-2, atol=2e-2)
+  for got, wanted in zip(pull(dout), gradients):
+    assert got.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.float64(got), wanted, rtol=5e-2, atol=1e-1)
+
+
 @needs_cpp
 def test_great_scores():
   qkv, mask, dout = problem(CASES[3])
@@ -183,7 +211,7 @@ def test_a_long_text_holds_no_scores():
 def test_long_texts_go_in_blocks(length, products):
   shape = jax.ShapeDtypeStruct((1, length, 1, 4), jnp.float32)
   mask = jax.ShapeDtypeStruct((1, 1, length, length), jnp.bool_)
-  text = str(jax.make_jaxpr(functools.partial(api.attend, in_order=True, sharded=True))(
+  text = str(jax.make_jaxpr(functools.partial(ref.attend, in_order=True))(
       shape, shape, shape, mask
   ))
   assert text.count('dot_general[') == products
