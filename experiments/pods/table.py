@@ -8,11 +8,12 @@ _HEAD = '''# Training steps compiled for TPU slices
 Written by `python -m experiments.pods --out experiments/evidence/pods`: the whole training step of
 each config (forward, backward, optimizer) compiled from shapes by the TPU compiler of the libtpu
 wheel, with no TPU at hand. Nothing was run. GiB a chip are the compiler's. TFLOP a chip are the
-matrix products of the traced program under even routing, recomputation included, and in brackets
-with every buffer of the experts full, which no routing asks of all chips at once; beside them the
-share that the model asks for. Collectives are executions in a step and the GiB of their largest
-array times that, loops with a constant bound counted as often as they run; what goes between slices
-(sent and received over the data centre's network) is not among them.
+matrix products of the traced program under even routing, recomputation included, as are the blocks
+of scores that the attention kernel skips, and in brackets with every buffer of the experts full,
+which no routing asks of all chips at once; beside them the share that the model asks for.
+Collectives are executions in a step and the GiB of their largest array times that, loops with a
+constant bound counted as often as they run; what goes between slices (sent and received over the
+data centre's network) is not among them.
 
 '''
 _COLUMNS = (
