@@ -178,7 +178,7 @@ def _start_decoder(plan, params, rule, tokens_bt, pad_b, key) -> State:
   keys_bs = jnp.where(slots < 0, _NEVER, slots)
   caches = decoder.empty_caches(config, batch, plan.slots, plan.dtype)
   logits, caches = decoder.step(
-      config, params, tokens_bt, caches, 0, positions_bt=positions_bt, key_positions_bs=keys_bs,
+      config, params, tokens_bt, caches, 0, positions_bt=positions_bt, key_positions_bs=None,
       length=plan.slots, dtype=jnp.dtype(plan.dtype), mesh=plan.mesh,
   )
   fixed = {'keys_bs': keys_bs, 'pad_b': pad_b}

@@ -69,7 +69,8 @@ class SelfAttention(nn.Module):
     )
     if cache is not None:
       cache = cache_lib.extend(cache, k, v, at)
-      k, v = cache.k_bsgh.astype(q.dtype), cache.v_bsgh.astype(q.dtype)
+      if not context.in_order:  # Else the tokens see one another and nothing older.
+        k, v = cache.k_bsgh.astype(q.dtype), cache.v_bsgh.astype(q.dtype)
     mixed = causal.attend(
         q, k, v, context.masks[str(self.window or '')], in_order=context.in_order,
         window=self.window, segment_bt=context.segment_bt, mesh=self.mesh,
@@ -354,7 +355,7 @@ def step(
     at: jax.Array | int,
     *,
     positions_bt: jax.Array,
-    key_positions_bs: jax.Array,
+    key_positions_bs: jax.Array | None,
     length: int,
     dtype: Any = jnp.float32,
     mesh: Mesh | None = None,
@@ -364,10 +365,21 @@ def step(
   Args:
     tokens_bt: one token, or a prompt, of each row. caches: of all layers; see `empty_caches`.
     at: the first slot to write.
-    positions_bt: of the tokens. key_positions_bs: of every slot; one past any query hides it.
+    positions_bt: of the tokens. key_positions_bs: of every slot; one past any query hides it. None
+      where the caches are empty: the tokens see one another, and what has a position below 0, which
+      is padding in front of them, is not seen.
     length: see `make_context`.
   """
-  context = make_context(config, positions_bt, key_positions_bs, length=length, tokens_bt=tokens_bt)
+  if key_positions_bs is None:
+    real_bt = (positions_bt >= 0).astype(jnp.int32)
+    context = make_context(
+        config, positions_bt, positions_bt, length=length, segments=(real_bt, real_bt),
+        tokens_bt=tokens_bt, in_order=True,
+    )
+  else:
+    context = make_context(
+        config, positions_bt, key_positions_bs, length=length, tokens_bt=tokens_bt
+    )
   x_btd = embed(config, params, tokens_bt, jnp.maximum(positions_bt, 0), dtype, mesh)
   new = []
   for i in range(config.num_layers):
