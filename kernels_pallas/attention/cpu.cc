@@ -85,11 +85,12 @@ Seen seen_of(const bool* mask, int64_t keys) {
 INLINE inline void put(float value, float& to) { to = value; }
 INLINE inline void put(float value, uint16_t& to) { to = narrow(value); }
 
-// exp(x) for x <= 0, to an ulp or two (Cephes' expf): 0 below the least normal number.
+// exp(x) for x <= 0, to an ulp or two (Cephes' expf): 0 below the least normal number, and of what
+// is no number none.
 INLINE inline Floats exponential(Floats x) {
   constexpr float kLeast = -87, kRound = 12582912;  // 1.5 * 2^23: what is added to it is rounded.
-  const Ints alive = x >= kLeast;
-  const Floats bounded = alive ? x : Floats{} + kLeast;
+  const Ints least = x < kLeast;
+  const Floats bounded = least ? Floats{} + kLeast : x;
   const Floats shifted = bounded * 1.44269504f + kRound;
   const Floats n = shifted - kRound;
   const Floats r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
@@ -102,7 +103,7 @@ INLINE inline Floats exponential(Floats x) {
   const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
   Floats two;
   std::memcpy(&two, &power, sizeof(two));
-  return alive ? p * two : Floats{};
+  return least ? Floats{} : p * two;
 }
 
 // Calls work(j) for every vector that holds any of [first, end).

@@ -175,6 +175,19 @@ def test_a_query_that_sees_nothing_gets_nothing_and_gives_none():
     np.testing.assert_array_equal(got, wanted)
 
 
+@WAY
+@pytest.mark.parametrize('which', [0, 1, 2], ids='qkv')
+def test_what_is_no_number_stays_none(way, which):
+  """A query's for itself, a key's and a value's for all that see it."""
+  qkv, mask, dout = problem(CASES[3])
+  qkv = [x.at[0, 7, 0].set(jnp.nan) if i == which else x for i, x in enumerate(qkv)]
+  out, pull = jax.vjp(lambda *qkv: WAYS[way](*qkv, mask), *qkv)
+  assert np.isnan(out[0, 7, 0]).any() and np.isfinite(out[1]).all()
+  assert which == 0 or np.isnan(out[0, 8, 0]).any()
+  assert np.isfinite(out[0, 9:]).all() == (which == 0)
+  assert all(np.isnan(d[0]).any() and np.isfinite(d[1]).all() for d in pull(dout)[:2])
+
+
 @needs_cpp
 def test_one_mask_for_all_texts():
   qkv, mask, _ = problem(CASES[3])
