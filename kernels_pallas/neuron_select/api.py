@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from kernels_pallas.neuron_select import ref, tpu
+from kernels_pallas.neuron_select import cpu, ref, tpu
 
 
 class Cost(NamedTuple):
@@ -22,7 +22,8 @@ def neuron_select(
   """y[m] = sum over the chosen e of wo_e(act(wi_e x[m])), [m, d] in x's dtype.
 
   act(wi_e x[m], gate_e x[m]) where the experts have a gate. Accumulated in float32. See `vjp` for
-  gradients: the loops here run as long as what was chosen. On TPU few tokens go by a kernel.
+  gradients: the loops here run as long as what was chosen. On TPU few tokens go by a kernel, on
+  CPUs by products in C++.
 
   Args:
     x_md: tokens. experts: see the package. chosen_me: bool. act: elementwise, of one or two.
@@ -42,8 +43,10 @@ def neuron_select(
   refused = tpu.supports(
       len(x_md), d, f, e, x_md.dtype, gated='gate' in experts, weight_dtype=experts['wi'].dtype
   )
+  by_xla = cpu.supports(len(x_md), d, f, e, x_md.dtype, experts['wi'].dtype, experts['wo'].dtype)
   return jax.lax.platform_dependent(
-      x_md, dict(experts), chosen_me, cpu=plain, default=plain,
+      x_md, dict(experts), chosen_me, default=plain,
+      cpu=plain if by_xla else lambda x, own, c: cpu.neuron_select(x, own, c, act),
       tpu=plain if refused else lambda x, own, c: tpu.neuron_select(x, own, c, act),
   )
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.neuron_select import api, cases, ref, tpu, vjp
+from kernels_pallas import extension
+from kernels_pallas.neuron_select import api, cases, cpu, ref, tpu, vjp
 
 ACTS = {'relu': jax.nn.relu, 'silu': lambda wi, gate: jax.nn.silu(gate) * wi}
 
@@ -48,12 +49,13 @@ def by_loops(x, experts, chosen, act):
 def test_every_path_is_the_loop(case, act, gated, biased):
   x, experts, chosen = problem(case, gated, biased)
   want = by_loops(x, experts, chosen, ACTS[act])
-  for path in (
+  paths = [
       ref.neuron_select, ref.by_pair, ref.by_expert, ref.all_by_expert, ref.all_in_groups,
-      ref.everything,
-  ):
+      ref.everything, *([] if extension.missing() else [cpu.neuron_select]),
+  ]
+  for path in paths:
     got = jax.jit(lambda x, w, c, path=path: path(x, w, c, ACTS[act]))(x, experts, chosen)
-    np.testing.assert_allclose(got, want, atol=2e-5, err_msg=path.__name__)
+    np.testing.assert_allclose(got, want, atol=2e-5, err_msg=f'{path.__module__}.{path.__name__}')
 
 
 @pytest.mark.parametrize('tokens, e, share, path', [
@@ -72,6 +74,29 @@ def test_the_path_follows_tokens_and_what_was_chosen(tokens, e, share, path, mon
     monkeypatch.setattr(ref, name, made)
   got = ref.neuron_select(x, experts, jnp.asarray(chosen), jax.nn.relu)
   assert paths[int(got[0, 0])] == path
+
+
+@pytest.mark.skipif(bool(extension.missing()), reason=extension.missing())
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_wide_experts_and_a_few_tokens_go_by_products_in_cpp(dtype):
+  case = cases.Case('wide', 9, 4, 48, 136, 0.4)
+  x, experts, chosen = problem(case, gated=True, biased=True)
+  want = by_loops(x, experts, chosen, ACTS['silu'])
+  x, experts = jax.tree.map(lambda a: jnp.asarray(a, dtype), (x, experts))
+  text = jax.jit(lambda *a: api.neuron_select(*a, ACTS['silu'])).lower(x, experts, chosen)
+  assert (extension.GROUPED_PRODUCT in text.as_text()) == (jax.device_count() == 1)
+  got = api.neuron_select(x, experts, jnp.asarray(chosen), ACTS['silu'])
+  assert got.dtype == dtype
+  np.testing.assert_allclose(
+      np.float64(got), want, atol=2e-4 if dtype == 'float32' else 0.02 * np.abs(want).max()
+  )
+
+
+@pytest.mark.parametrize('m, d, f, e, reason', [
+    (1, 48, 136, 4, 'are few'), (9, 48, 32, 4, 'are few'), (512, 768, 256, 12, '6144 rows of 768'),
+])
+def test_what_goes_by_xla_on_cpus(m, d, f, e, reason):
+  assert reason in cpu.supports(m, d, f, e, jnp.float32)
 
 
 def test_from_which_share_on_all_experts_are_computed():
