@@ -13,16 +13,16 @@ import jax.numpy as jnp
 from kernels_pallas import extension
 from kernels_pallas.grouped_matmul import cpu as grouped
 
-# Narrower experts, and a single token, go faster by pairs in one loop.
-LEAST_WIDTH, LEAST_TOKENS = 128, 2
+# Narrower experts are read faster by pairs in one loop.
+LEAST_WIDTH = 128
 # Floats of the rows of all pairs: with more, moving them costs more than the products save.
-MOST_FLOATS = 1 << 21
+MOST_FLOATS = 1 << 24
 
 
 def supports(m: int, d: int, f: int, e: int, dtype: Any, *weight_dtypes: Any) -> str:
   """'' where `neuron_select` takes these and is worth it, or why not."""
-  if m < LEAST_TOKENS or f < LEAST_WIDTH:
-    return f'{m} tokens and experts of {f} neurons are few'
+  if f < LEAST_WIDTH:
+    return f'{f} neurons an expert are few'
   if m * e * d > MOST_FLOATS:
     return f'{m} tokens and {e} experts make {m * e} rows of {d}'
   if jax.device_count() > 1:

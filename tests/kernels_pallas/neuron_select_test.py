@@ -93,7 +93,7 @@ def test_wide_experts_and_a_few_tokens_go_by_products_in_cpp(dtype):
 
 
 @pytest.mark.parametrize('m, d, f, e, reason', [
-    (1, 48, 136, 4, 'are few'), (9, 48, 32, 4, 'are few'), (512, 768, 256, 12, '6144 rows of 768'),
+    (9, 48, 32, 4, '32 neurons'), (4096, 768, 256, 12, '49152 rows of 768'),
 ])
 def test_what_goes_by_xla_on_cpus(m, d, f, e, reason):
   assert reason in cpu.supports(m, d, f, e, jnp.float32)
