@@ -43,7 +43,8 @@ def neuron_select(
   refused = tpu.supports(
       len(x_md), d, f, e, x_md.dtype, gated='gate' in experts, weight_dtype=experts['wi'].dtype
   )
-  by_xla = cpu.supports(len(x_md), d, f, e, x_md.dtype, experts['wi'].dtype, experts['wo'].dtype)
+  weights = [experts[name].dtype for name in ('wi', 'gate', 'wo') if name in experts]
+  by_xla = cpu.supports(len(x_md), d, f, e, x_md.dtype, *weights)
   return jax.lax.platform_dependent(
       x_md, dict(experts), chosen_me, default=plain,
       cpu=plain if by_xla else lambda x, own, c: cpu.neuron_select(x, own, c, act),

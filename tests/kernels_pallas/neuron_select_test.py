@@ -78,13 +78,14 @@ def test_the_path_follows_tokens_and_what_was_chosen(tokens, e, share, path, mon
 
 @pytest.mark.skipif(bool(extension.missing()), reason=extension.missing())
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_wide_experts_and_a_few_tokens_go_by_products_in_cpp(dtype):
+def test_wide_experts_go_by_products_in_cpp(dtype, monkeypatch):
+  monkeypatch.setattr(jax, 'device_count', lambda: 1)
   case = cases.Case('wide', 9, 4, 48, 136, 0.4)
   x, experts, chosen = problem(case, gated=True, biased=True)
   want = by_loops(x, experts, chosen, ACTS['silu'])
   x, experts = jax.tree.map(lambda a: jnp.asarray(a, dtype), (x, experts))
   text = jax.jit(lambda *a: api.neuron_select(*a, ACTS['silu'])).lower(x, experts, chosen)
-  assert (extension.GROUPED_PRODUCT in text.as_text()) == (jax.device_count() == 1)
+  assert extension.GROUPED_PRODUCT in text.as_text()
   got = api.neuron_select(x, experts, jnp.asarray(chosen), ACTS['silu'])
   assert got.dtype == dtype
   np.testing.assert_allclose(
@@ -97,6 +98,21 @@ def test_wide_experts_and_a_few_tokens_go_by_products_in_cpp(dtype):
 ])
 def test_what_goes_by_xla_on_cpus(m, d, f, e, reason):
   assert reason in cpu.supports(m, d, f, e, jnp.float32)
+
+
+def test_several_devices_go_by_xla(monkeypatch):
+  monkeypatch.setattr(jax, 'device_count', lambda: 2)
+  assert 'over devices' in cpu.supports(9, 48, 136, 4, jnp.float32)
+
+
+@pytest.mark.skipif(bool(extension.missing()), reason=extension.missing())
+def test_a_gate_of_another_type_goes_by_xla(monkeypatch):
+  monkeypatch.setattr(jax, 'device_count', lambda: 1)
+  x, experts, chosen = problem(cases.Case('wide', 9, 4, 48, 136, 0.4), gated=True)
+  want = by_loops(x, experts, chosen, ACTS['silu'])
+  experts['gate'] = experts['gate'].astype(np.float16)
+  got = api.neuron_select(jnp.asarray(x), experts, jnp.asarray(chosen), ACTS['silu'])
+  np.testing.assert_allclose(got, want, atol=0.02 * np.abs(want).max())
 
 
 def test_from_which_share_on_all_experts_are_computed():
