@@ -24,14 +24,16 @@ ATTENTION = 'moejax_attention'
 ATTENTION_GRADIENTS = 'moejax_attention_gradients'
 SUBBIT_MATMUL = 'moejax_subbit_matmul'
 CODEWORD_MATMUL = 'moejax_codeword_matmul'
+CHOSEN_UP = 'moejax_chosen_up'
+CHOSEN_DOWN = 'moejax_chosen_down'
 GROUPED_PRODUCT = 'moejax_grouped_product'
 GROUPED_OUTER = 'moejax_grouped_outer'
 PACKED_MATMUL = 'moejax_packed_matmul'
 TERNARY_MATMUL = 'moejax_ternary_matmul'
 KINDS = ('avx512', 'avx2', 'any')
 FUNCTIONS = (
-    ATTENTION, ATTENTION_GRADIENTS, SUBBIT_MATMUL, CODEWORD_MATMUL, GROUPED_PRODUCT, GROUPED_OUTER,
-    PACKED_MATMUL, TERNARY_MATMUL,
+    ATTENTION, ATTENTION_GRADIENTS, CHOSEN_UP, CHOSEN_DOWN, SUBBIT_MATMUL, CODEWORD_MATMUL,
+    GROUPED_PRODUCT, GROUPED_OUTER, PACKED_MATMUL, TERNARY_MATMUL,
 )
 
 

@@ -19,6 +19,9 @@ constexpr int64_t kMostChunk = 1 << 20, kChunkRows = 384, kBlockDepth = 256, kBl
 // once, and how far ahead a row is fetched.
 constexpr int64_t kFewBytes = 64, kAheadBytes = 512;
 
+// So many rows read so small a matrix where it lies, again for each tile of them.
+constexpr int64_t kNearRows = 42, kNearFloats = 1 << 18;
+
 constexpr int kLine = 64;  // Bytes.
 
 // What is fetched into the cache early, a line for so many k.
@@ -72,7 +75,8 @@ constexpr int kWidth = 4, kMostRows = 6, kLanes = 8;
 }  // namespace any
 
 template <typename Right>
-using Multiply = void (*)(const Operand&, const Right&, int64_t, int64_t, int64_t, const Output&);
+using Multiply = void (*)(const Operand&, const Right&, int64_t, int64_t, int64_t, const Output&,
+                          int64_t);
 
 // The best that this CPU has, or what the environment asks for and it has.
 template <typename Right>
@@ -89,17 +93,28 @@ Multiply<Right> best() {
   return any::multiply<Right>;
 }
 
+template <typename Right>
+void chosen(const Operand& a, const Right& b, int64_t rows, int64_t columns, int64_t depth,
+            const Output& out, int64_t matrices) {
+  static const Multiply<Right> multiply = best<Right>();
+  multiply(a, b, rows, columns, depth, out, matrices);
+}
+
 }  // namespace
 
-#define DEFINE_MULTIPLY(RIGHT)                                                               \
-  void multiply(const Operand& a, const RIGHT& b, int64_t rows, int64_t columns,             \
-                int64_t depth, const Output& out) {                                          \
-    static const Multiply<RIGHT> chosen = best<RIGHT>();                                     \
-    chosen(a, b, rows, columns, depth, out);                                                 \
-  }
+void multiply(const Operand& a, const Operand& b, int64_t rows, int64_t columns, int64_t depth,
+              const Output& out, int64_t matrices) {
+  chosen(a, b, rows, columns, depth, out, matrices);
+}
 
-DEFINE_MULTIPLY(Operand)
-DEFINE_MULTIPLY(Packed)
-DEFINE_MULTIPLY(Ternary)
+void multiply(const Operand& a, const Packed& b, int64_t rows, int64_t columns, int64_t depth,
+              const Output& out) {
+  chosen(a, b, rows, columns, depth, out, 1);
+}
+
+void multiply(const Operand& a, const Ternary& b, int64_t rows, int64_t columns, int64_t depth,
+              const Output& out) {
+  chosen(a, b, rows, columns, depth, out, 1);
+}
 
 }  // namespace moejax

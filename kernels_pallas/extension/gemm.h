@@ -12,10 +12,17 @@ struct Operand {
   const void* data;
   bool half;  // bfloat16, or else float32.
   int64_t lane, depth;
+  const int32_t* index = nullptr;  // Of a left matrix with depth 1: its lane i is lane index[i].
 
   // The same from its element (i, 0) on.
   Operand from(int64_t i) const {
+    if (index) return {data, half, lane, depth, index + i};
     return {static_cast<const char*>(data) + i * lane * (half ? 2 : 4), half, lane, depth};
+  }
+
+  // The same from its element (0, k) on.
+  Operand after(int64_t k) const {
+    return {static_cast<const char*>(data) + k * depth * (half ? 2 : 4), half, lane, depth, index};
   }
 };
 
@@ -59,15 +66,19 @@ struct Output {
   bool half;
   int64_t row;
   bool add = false;  // Float32 only: the product is added to what is there.
+  const int32_t* index = nullptr;  // Row i is row index[i].
 
   Output from(int64_t i, int64_t j) const {
-    return {static_cast<char*>(data) + (i * row + j) * (half ? 2 : 4), half, row, add};
+    const int64_t skipped = (index ? j : i * row + j) * (half ? 2 : 4);
+    return {static_cast<char*>(data) + skipped, half, row, add, index ? index + i : nullptr};
   }
 };
 
-// out(i, j) = or += sum over k < depth of a(i, k) b(j, k), for i < rows and j < columns.
+// out(i, j) = or += sum over k < depth of a(i, k) b(j, k), for i < rows and j < columns; with more
+// than one matrix b, lane 1, the same for each: of the next the elements lie depth * b.depth
+// further, the columns of its product b.depth further.
 void multiply(const Operand& a, const Operand& b, int64_t rows, int64_t columns, int64_t depth,
-              const Output& out);
+              const Output& out, int64_t matrices = 1);
 void multiply(const Operand& a, const Packed& b, int64_t rows, int64_t columns, int64_t depth,
               const Output& out);
 void multiply(const Operand& a, const Ternary& b, int64_t rows, int64_t columns, int64_t depth,

@@ -95,19 +95,24 @@ TARGET inline void transpose_4(const uint16_t* const* rows, int64_t k, float* to
   }
 }
 
-// Lanes that lie along k: rows become columns. Places past the lanes repeat the last of them.
+// Lanes that lie along k, those of `index` where it is given: rows become columns. Places past the
+// lanes repeat the last of them or, past the next four, stay as they are: nothing reads them.
 template <typename T>
-TARGET void pack_rows(const T* from, int64_t lane, int64_t lanes, int64_t depth, float* to,
-                      int64_t width) {
+TARGET void pack_rows(const T* from, int64_t lane, const int32_t* index, int64_t lanes,
+                      int64_t depth, float* to, int64_t width) {
   constexpr int kMostWidth = kLanes > kPanel ? kLanes : kPanel;
   const T* rows[kMostWidth];
-  for (int64_t i = 0; i < width; ++i) rows[i] = from + std::min(i, lanes - 1) * lane;
+  const int64_t places = std::min(width, ceil_div(lanes, 4) * 4);
+  for (int64_t i = 0; i < places; ++i) {
+    const int64_t own = std::min(i, lanes - 1);
+    rows[i] = from + (index ? index[own] : own) * lane;
+  }
   int64_t k = 0;
   for (; k + 4 <= depth; k += 4) {
-    for (int64_t i = 0; i < width; i += 4) transpose_4(rows + i, k, to + k * width + i, width);
+    for (int64_t i = 0; i < places; i += 4) transpose_4(rows + i, k, to + k * width + i, width);
   }
   for (; k < depth; ++k) {
-    for (int64_t i = 0; i < width; ++i) to[k * width + i] = widen(rows[i][k]);
+    for (int64_t i = 0; i < places; ++i) to[k * width + i] = widen(rows[i][k]);
   }
 }
 
@@ -136,22 +141,23 @@ TARGET void pack_columns(const T* from, int64_t stride, int64_t lanes, int64_t d
   }
 }
 
-// to [depth][width] from `lanes` lanes of the matrix at `from`.
+// to [depth][width] from `lanes` lanes of the matrix, which begins at `data`.
 template <typename T>
-TARGET void pack(const T* from, int64_t lane, int64_t stride, int64_t lanes, int64_t depth,
-                 float* to, int64_t width) {
-  if (lane == 1) return pack_columns(from, stride, lanes, depth, to, width);
-  pack_rows(from, lane, lanes, depth, to, width);
+TARGET void pack(const T* data, const Operand& from, int64_t lanes, int64_t depth, float* to,
+                 int64_t width) {
+  if (from.lane == 1 && !from.index) {
+    return pack_columns(data, from.depth, lanes, depth, to, width);
+  }
+  pack_rows(data, from.lane, from.index, lanes, depth, to, width);
 }
 
-TARGET void pack(const Operand& from, int64_t first, int64_t lanes, int64_t k, int64_t depth,
+TARGET void pack(const Operand& whole, int64_t first, int64_t lanes, int64_t k, int64_t depth,
                  float* to, int64_t width) {
-  const int64_t at = first * from.lane + k * from.depth;
+  const Operand from = whole.from(first);
   if (from.half) {
-    pack(static_cast<const uint16_t*>(from.data) + at, from.lane, from.depth, lanes, depth, to,
-         width);
+    pack(static_cast<const uint16_t*>(from.data) + k * from.depth, from, lanes, depth, to, width);
   } else {
-    pack(static_cast<const float*>(from.data) + at, from.lane, from.depth, lanes, depth, to, width);
+    pack(static_cast<const float*>(from.data) + k * from.depth, from, lanes, depth, to, width);
   }
 }
 
@@ -162,12 +168,13 @@ TARGET inline void write(const float* c, int64_t c_row, int64_t rows, int64_t co
                          const Output& out) {
   for (int64_t i = 0; i < rows; ++i) {
     const float* row = c + i * c_row;
+    const int64_t at = (out.index ? out.index[i] : i) * out.row;
     if (out.half) {
-      uint16_t* to = static_cast<uint16_t*>(out.data) + i * out.row;
+      uint16_t* to = static_cast<uint16_t*>(out.data) + at;
       for (int64_t j = 0; j < columns; ++j) to[j] = narrow(row[j]);
       continue;
     }
-    float* to = static_cast<float*>(out.data) + i * out.row;
+    float* to = static_cast<float*>(out.data) + at;
     if (out.add) {
       for (int64_t j = 0; j < columns; ++j) to[j] += row[j];
     } else {
@@ -218,19 +225,21 @@ int64_t in_place(const float* a, const B* b, int64_t b_row, int64_t rows, int64_
   return j;
 }
 
-// One tile of rows: the right matrix is read once, where it lies, some rows of it at a time. As in
+// Tile t of the rows: the right matrix is read where it lies, some rows of it at a time. As in
 // `many_tiles`, c = or with `adds` += the product.
 template <typename B>
-void one_tile(const Left& left, const Operand& b, int64_t columns, float* c, int64_t c_row,
-              bool adds, Scratch& memory) {
+void one_tile(const Left& left, int64_t t, const Operand& b, int64_t columns, float* c,
+              int64_t c_row, bool adds, Scratch& memory) {
   // Rows a multiple of 4096 bytes apart share the places of a cache of eight ways.
   const bool apart = b.depth * static_cast<int64_t>(sizeof(B)) % 4096 == 0;
-  const int64_t most = apart ? 8 : kFewBytes / sizeof(B), rows = left.rows;
+  const int64_t most = apart ? 8 : kFewBytes / sizeof(B);
+  const int64_t rows = left.begin(t + 1) - left.begin(t);
+  c += left.begin(t) * c_row;
   int64_t j = 0;
   for (int64_t k = 0; k < left.depth; k += most) {
     const int64_t deep = std::min(most, left.depth - k);
     const B* from = static_cast<const B*>(b.data) + k * b.depth;
-    const float* a = left.tile(0, k);
+    const float* a = left.tile(t, k);
     const bool add = adds || k > 0;
     const B* next = from + (k + deep < left.depth ? deep * b.depth : 0);
     const auto cover = [&](auto product) {
@@ -244,8 +253,9 @@ void one_tile(const Left& left, const Operand& b, int64_t columns, float* c, int
   if (j == columns) return;
   float* packed = memory.of(left.depth * kPanel);
   pack(b, j, columns - j, 0, left.depth, packed, kPanel);
-  tile_of<kPanelVectors, float>(rows)(left.data, packed, kPanel, left.depth, c + j, c_row, adds,
-                                      Ahead{reinterpret_cast<const char*>(packed), 0, left.depth});
+  const Ahead idle{reinterpret_cast<const char*>(packed), 0, left.depth};
+  tile_of<kPanelVectors, float>(rows)(left.tile(t, 0), packed, kPanel, left.depth, c + j, c_row,
+                                      adds, idle);
 }
 
 // The lines of the next block of the right matrix, dealt evenly to the tiles of this one: at once
@@ -302,8 +312,9 @@ void many_tiles(const Left& left, const Right& b, int64_t j, int64_t width, int6
       pack(b, j + p * kPanel, std::min<int64_t>(kPanel, width - p * kPanel), k, deep,
            packed + p * most * kPanel, kPanel);
     }
-    const bool last = block + 1 == blocks;
-    Early early(b, last ? std::min(j + width, columns - 1) : j, last ? 0 : end, deep, width,
+    // After the last columns comes what lies behind the matrix, which may be the next one.
+    const bool down = block + 1 < blocks, beside = !down && j + width < columns;
+    Early early(b, down ? j : beside ? j + width : 0, beside ? 0 : end, deep, width,
                 panels * left.tiles);
     for (int64_t t = 0; t < left.tiles; ++t) {
       for (int64_t p = 0; p < panels; ++p) {
@@ -317,38 +328,53 @@ void many_tiles(const Left& left, const Right& b, int64_t j, int64_t width, int6
   }
 }
 
+// One matrix's product, written or added.
+template <typename Right>
+void product(const Left& left, const Right& b, bool unpacked, int64_t columns,
+             const Output& out) {
+  static thread_local Scratch rights, sums;
+  const int64_t deep = std::clamp<int64_t>(left.depth, 1, kBlockDepth);
+  const int64_t panels = std::max<int64_t>(kBlockFloats / (deep * kPanel), 1);
+  const int64_t wide = unpacked ? columns : panels * kPanel;
+  for (int64_t j = 0; j < columns; j += wide) {
+    const int64_t width = std::min(wide, columns - j);
+    const Output part = out.from(0, j);
+    // Whole vectors of float32 are summed where they belong.
+    const bool there = !part.half && !part.index && width % kPanel == 0;
+    const int64_t c_row = there ? part.row : ceil_div(width, kPanel) * kPanel;
+    const bool adds = there && part.add;
+    float* c = there ? static_cast<float*>(part.data) : sums.of(left.rows * c_row);
+    if constexpr (std::is_same_v<Right, Operand>) {
+      const auto at_once = b.half ? one_tile<uint16_t> : one_tile<float>;
+      for (int64_t t = 0; unpacked && t < left.tiles; ++t) {
+        at_once(left, t, b, columns, c, c_row, adds, rights);
+      }
+    }
+    if (!unpacked) many_tiles(left, b, j, width, columns, c, c_row, adds, rights);
+    if (!there) write(c, c_row, left.rows, width, part);
+  }
+}
+
 template <typename Right>
 void multiply(const Operand& a, const Right& b, int64_t all_rows, int64_t columns, int64_t depth,
-              const Output& all) {
-  static thread_local Scratch lefts, rights, sums;
+              const Output& out, int64_t matrices) {
+  static thread_local Scratch lefts;
+  bool unpacked = false;
+  if constexpr (std::is_same_v<Right, Operand>) {
+    const bool near = all_rows <= kNearRows && depth * columns <= kNearFloats;
+    unpacked = (all_rows <= kMostRows || near) && b.lane == 1 && depth > 0;
+  }
   const int64_t fit = std::max<int64_t>(kMostRows, kMostChunk / std::max<int64_t>(depth, 1));
   const int64_t chunks = ceil_div(all_rows, std::min(fit, kChunkRows));
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const int64_t first = begin_of(chunk, chunks, all_rows);
     const int64_t rows = begin_of(chunk + 1, chunks, all_rows) - first;
     const Left left = pack_left(a.from(first), rows, depth, lefts);
-    const Output out = all.from(first, 0);
-    bool once = false;
+    product(left, b, unpacked, columns, out.from(first, 0));
     if constexpr (std::is_same_v<Right, Operand>) {
-      once = all_rows <= kMostRows && b.lane == 1 && depth > 0;
-    }
-    const int64_t deep = std::clamp<int64_t>(depth, 1, kBlockDepth);
-    const int64_t panels = std::max<int64_t>(kBlockFloats / (deep * kPanel), 1);
-    const int64_t wide = once ? columns : panels * kPanel;
-    for (int64_t j = 0; j < columns; j += wide) {
-      const int64_t width = std::min(wide, columns - j);
-      const Output part = out.from(0, j);
-      // Whole vectors of float32 are summed where they belong.
-      const bool there = !part.half && width % kPanel == 0;
-      const int64_t c_row = there ? part.row : ceil_div(width, kPanel) * kPanel;
-      const bool adds = there && part.add;
-      float* c = there ? static_cast<float*>(part.data) : sums.of(rows * c_row);
-      if constexpr (std::is_same_v<Right, Operand>) {
-        const auto product = b.half ? one_tile<uint16_t> : one_tile<float>;
-        if (once) product(left, b, columns, c, c_row, adds, rights);
+      for (int64_t i = 1; i < matrices; ++i) {
+        product(left, b.after(i * depth), unpacked, columns, out.from(first, i * b.depth));
       }
-      if (!once) many_tiles(left, b, j, width, columns, c, c_row, adds, rights);
-      if (!there) write(c, c_row, rows, width, part);
     }
   }
 }

@@ -6,6 +6,7 @@
     chosen_me   bool [m, e]  which experts a token meets; none gives 0
 
 There are no gates to weigh experts by: with all of them chosen it is the dense block that they were
-cut from. `api` picks an implementation, `vjp` makes it differentiable, `ref` is the XLA path, `tpu`
-the kernel for few tokens, `cases` are the shapes that all are checked on.
+cut from. `api` picks an implementation, `vjp` makes it differentiable, `ref` is the XLA path, `cpu`
+the products in C++, `tpu` the kernel for few tokens, `cases` are the shapes that all are checked
+on.
 """

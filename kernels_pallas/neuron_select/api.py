@@ -44,7 +44,7 @@ def neuron_select(
       len(x_md), d, f, e, x_md.dtype, gated='gate' in experts, weight_dtype=experts['wi'].dtype
   )
   weights = [experts[name].dtype for name in ('wi', 'gate', 'wo') if name in experts]
-  by_xla = cpu.supports(len(x_md), d, f, e, x_md.dtype, *weights)
+  by_xla = cpu.supports(x_md.dtype, *weights)
   return jax.lax.platform_dependent(
       x_md, dict(experts), chosen_me, default=plain,
       cpu=plain if by_xla else lambda x, own, c: cpu.neuron_select(x, own, c, act),

@@ -12,7 +12,10 @@ from kernels_pallas.ternary_matmul.cases import Scheduled
 
 
 class Case(NamedTuple):
-  """m tokens over e experts d x f; share of pairs chosen at random, and what is special."""
+  """m tokens over e experts d x f; share of pairs chosen at random, and what is special.
+
+  'one' expert that all tokens chose, an 'idle' token, or each three experts chosen 'alike'.
+  """
 
   name: str
   m: int
@@ -33,6 +36,9 @@ CHECKED: tuple[Case, ...] = (
     Case('tails', 257, 7, 40, 24, 0.2),
     Case('one_expert', 19, 1, 16, 8, 0.5),
     Case('narrow', 64, 32, 16, 1, 0.2),
+    Case('half_of_few', 9, 18, 24, 32, 0.5),
+    Case('neighbours_alike', 40, 12, 40, 32, 0.4, 'alike'),
+    Case('many_alike', 800, 6, 24, 40, 0.9, 'alike'),
 )
 
 

@@ -1,7 +1,7 @@
-"""Chosen experts by the grouped products in C++ for CPUs: pairs of token and expert are rows.
+"""Chosen experts in C++ for CPUs: each expert's matrices times the tokens that chose it.
 
-Pairs are sorted by expert. There is room for all pairs, work for the chosen ones: whatever share of
-the experts a token takes, a matrix is read where it lies, once for the tokens that chose it.
+Rows are read and written where they lie and nothing is padded: time follows what was chosen, from
+one token's experts to all experts of all tokens, which take what the dense layer takes.
 """
 
 from collections.abc import Callable, Mapping
@@ -11,23 +11,14 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas import extension
-from kernels_pallas.grouped_matmul import cpu as grouped
-
-# Narrower experts are read faster by pairs in one loop.
-LEAST_WIDTH = 128
-# Floats of the rows of all pairs: with more, moving them costs more than the products save.
-MOST_FLOATS = 1 << 24
+from kernels_pallas.neuron_select import ref
 
 
-def supports(m: int, d: int, f: int, e: int, dtype: Any, *weight_dtypes: Any) -> str:
-  """'' where `neuron_select` takes these and is worth it, or why not."""
-  if f < LEAST_WIDTH:
-    return f'{f} neurons an expert are few'
-  if m * e * d > MOST_FLOATS:
-    return f'{m} tokens and {e} experts make {m * e} rows of {d}'
+def supports(*dtypes: Any) -> str:
+  """'' where `neuron_select` takes tokens and weights of these types, or why not."""
   if jax.device_count() > 1:
     return 'XLA cannot divide a foreign call over devices'
-  return extension.without(dtype, *weight_dtypes)
+  return extension.without(*dtypes)
 
 
 def neuron_select(
@@ -35,25 +26,16 @@ def neuron_select(
     act: Callable[..., jax.Array],
 ) -> jax.Array:
   """See `api.neuron_select`."""
-  m, e = chosen_me.shape
-  chosen_n = chosen_me.T.reshape(-1)
-  rank_n = jnp.cumsum(chosen_n, dtype=jnp.int32) - 1
-  # The numbers of the chosen pairs, one expert's after the other's.
-  row_n = jnp.where(chosen_n, rank_n, m * e)
-  pair_n = jnp.zeros(m * e, jnp.int32).at[row_n].set(
-      jnp.arange(m * e, dtype=jnp.int32), mode='drop', unique_indices=True
-  )
-  sizes_e = chosen_me.sum(0, dtype=jnp.int32)
+  m, d = x_md.shape
+  e, _, f = experts['wi'].shape
+  up = extension.call(extension.CHOSEN_UP, jax.ShapeDtypeStruct((m, e, f), jnp.float32))
+  down = extension.call(extension.CHOSEN_DOWN, jax.ShapeDtypeStruct((m, d), jnp.float32))
 
-  def product(x, name):
-    y = grouped.product(x, experts[name], sizes_e, dtype=jnp.float32)
-    if f'{name}_bias' not in experts:
-      return y
-    return y + experts[f'{name}_bias'].astype(y.dtype)[pair_n // m]
+  def units(name):
+    y_mef = up(x_md, chosen_me, experts[name])
+    bias = experts.get(f'{name}_bias')
+    return y_mef if bias is None else y_mef + bias.astype(y_mef.dtype)[None]
 
-  x_nd = x_md.at[pair_n % m].get(mode='promise_in_bounds')
-  hidden_nf = act(*(product(x_nd, name) for name in ('wi', 'gate') if name in experts))
-  y_nd = product(hidden_nf.astype(x_md.dtype), 'wo')
-  y_nd = y_nd.at[jnp.maximum(rank_n, 0)].get(mode='promise_in_bounds')
-  y_nd = jnp.where(chosen_n[:, None], y_nd, 0.0)
-  return y_nd.reshape(e, m, -1).sum(0).astype(x_md.dtype)
+  hidden_mef = act(*(units(name) for name in ('wi', 'gate') if name in experts))
+  y_md = down(hidden_mef.astype(x_md.dtype), chosen_me, experts['wo'])
+  return ref.plus_output_bias(y_md, experts, chosen_me).astype(x_md.dtype)

@@ -188,7 +188,7 @@ def all_by_expert(x_md: jax.Array, experts: Experts, chosen_me: jax.Array, act: 
   hidden_emf = act(*(product(name) for name in ('wi', 'gate') if name in experts))
   hidden_emf = jnp.where(chosen_me.T[..., None], hidden_emf, 0.0).astype(x_md.dtype)
   y_md = _dot(hidden_emf.swapaxes(0, 1).reshape(m, e * f), experts['wo'].reshape(e * f, d))
-  return _plus_output_bias(y_md, experts, chosen_me)
+  return plus_output_bias(y_md, experts, chosen_me)
 
 
 def all_in_groups(x_md: jax.Array, experts: Experts, chosen_me: jax.Array, act: Act) -> jax.Array:
@@ -218,10 +218,10 @@ def all_in_groups(x_md: jax.Array, experts: Experts, chosen_me: jax.Array, act: 
 
   zeros = jnp.zeros(x_md.shape, jnp.float32)
   y_md = jax.lax.scan(step, zeros, (grouped_experts, chosen_gmn))[0]
-  return _plus_output_bias(y_md, experts, chosen_me)
+  return plus_output_bias(y_md, experts, chosen_me)
 
 
-def _plus_output_bias(y_md: jax.Array, experts: Experts, chosen_me: jax.Array) -> jax.Array:
+def plus_output_bias(y_md: jax.Array, experts: Experts, chosen_me: jax.Array) -> jax.Array:
   if 'wo_bias' not in experts:
     return y_md
   return y_md + jnp.matmul(
@@ -237,7 +237,7 @@ def everything(x_md: jax.Array, experts: Experts, chosen_me: jax.Array, act: Act
   y_md = jnp.einsum(
       'mef,efd->md', hidden, experts['wo'].astype(x_md.dtype), preferred_element_type=jnp.float32
   )
-  return _plus_output_bias(y_md, experts, chosen_me)
+  return plus_output_bias(y_md, experts, chosen_me)
 
 
 def neuron_select(

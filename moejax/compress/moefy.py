@@ -185,9 +185,10 @@ class Moefy(base.Transform):
     if whole:
       row = max(whole, key=lambda r: r['chosen'])
       said.append(
-          f'{percent(row["chosen"])} of experts of {row["expert_size"]} neurons are chosen: for '
-          f'{many} tokens at once and more all are computed, which is quicker, and no time is '
-          'saved; larger experts, or fewer of them, save some (expert_size, share)'
+          f'{percent(row["chosen"])} of experts of {row["expert_size"]} neurons are chosen: where '
+          f'XLA runs them, {many} tokens at once or more, all are computed, which is quicker, and '
+          'no time is saved; larger experts, or fewer of them, save some (expert_size, share), and '
+          'on CPUs the extension in C++'
       )
     return '; '.join(said)
 

@@ -32,7 +32,7 @@ def selected_ffn(
 
 
 def dense_share(tokens: int, expert_size: int) -> float:
-  """The share of pairs above which XLA computes all experts, as measured; C++ never does."""
+  """The share of pairs above which XLA computes all experts, as measured; in C++ none is."""
   return ref.all_from(tokens, expert_size)
 
 

@@ -26,6 +26,8 @@ def problem(case, gated=False, biased=False, dtype=np.float32):
     chosen[:, 2] = True
   if case.special == 'idle':
     chosen[11] = False
+  if case.special == 'alike':
+    chosen = np.repeat(chosen[:, ::3], 3, axis=1)
   return draw(case.m, case.d), experts, chosen
 
 
@@ -41,8 +43,12 @@ def by_loops(x, experts, chosen, act):
 
 
 @pytest.mark.long(but=(
-    *(f'relu-False-False-{name}' for name in ('one_token', 'nothing_chosen', 'an_idle_token')),
-    *(f'silu-True-True-{name}' for name in ('few_tokens', 'everything_chosen', 'tails', 'narrow')),
+    *(f'relu-False-False-{name}' for name in (
+        'one_token', 'nothing_chosen', 'an_idle_token', 'half_of_few',
+    )),
+    *(f'silu-True-True-{name}' for name in (
+        'few_tokens', 'everything_chosen', 'tails', 'narrow', 'neighbours_alike', 'many_alike',
+    )),
 ))
 @pytest.mark.parametrize('case', cases.CHECKED, ids=lambda c: c.name)
 @pytest.mark.parametrize('act, gated, biased', [('relu', False, False), ('silu', True, True)])
@@ -78,14 +84,14 @@ def test_the_path_follows_tokens_and_what_was_chosen(tokens, e, share, path, mon
 
 @pytest.mark.skipif(bool(extension.missing()), reason=extension.missing())
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
-def test_wide_experts_go_by_products_in_cpp(dtype, monkeypatch):
+@pytest.mark.parametrize('m, e, f', [(1, 6, 32), (9, 4, 136), (60, 3, 136), (100, 8, 8)])
+def test_one_cpu_device_goes_by_products_in_cpp(m, e, f, dtype, monkeypatch):
   monkeypatch.setattr(jax, 'device_count', lambda: 1)
-  case = cases.Case('wide', 9, 4, 48, 136, 0.4)
-  x, experts, chosen = problem(case, gated=True, biased=True)
+  x, experts, chosen = problem(cases.Case('', m, e, 48, f, 0.4), gated=True, biased=True)
   want = by_loops(x, experts, chosen, ACTS['silu'])
   x, experts = jax.tree.map(lambda a: jnp.asarray(a, dtype), (x, experts))
   text = jax.jit(lambda *a: api.neuron_select(*a, ACTS['silu'])).lower(x, experts, chosen)
-  assert extension.GROUPED_PRODUCT in text.as_text()
+  assert extension.CHOSEN_UP in text.as_text() and extension.CHOSEN_DOWN in text.as_text()
   got = api.neuron_select(x, experts, jnp.asarray(chosen), ACTS['silu'])
   assert got.dtype == dtype
   np.testing.assert_allclose(
@@ -93,16 +99,22 @@ def test_wide_experts_go_by_products_in_cpp(dtype, monkeypatch):
   )
 
 
-@pytest.mark.parametrize('m, d, f, e, reason', [
-    (9, 48, 32, 4, '32 neurons'), (4096, 768, 256, 12, '49152 rows of 768'),
-])
-def test_what_goes_by_xla_on_cpus(m, d, f, e, reason):
-  assert reason in cpu.supports(m, d, f, e, jnp.float32)
+@pytest.mark.skipif(bool(extension.missing()), reason=extension.missing())
+@pytest.mark.parametrize('share', [0.2, 0.5])
+def test_products_in_cpp_read_nothing_of_other_experts_and_tokens(share):
+  """What is NaN stays with the pairs that chose it."""
+  x, experts, chosen = problem(cases.Case('', 9, 12, 24, 32, share))
+  chosen[:, 3] = chosen[4] = False
+  x[4] = experts['wi'][3] = experts['wo'][3] = np.nan
+  chosen[0, 5], chosen[1:, 5] = True, np.arange(8) % 2 == 0
+  experts['wi'][5, :, 2] = np.nan
+  got = np.asarray(cpu.neuron_select(jnp.asarray(x), experts, jnp.asarray(chosen), jax.nn.silu))
+  assert (np.isnan(got).any(1) == chosen[:, 5]).all()
 
 
 def test_several_devices_go_by_xla(monkeypatch):
   monkeypatch.setattr(jax, 'device_count', lambda: 2)
-  assert 'over devices' in cpu.supports(9, 48, 136, 4, jnp.float32)
+  assert 'over devices' in cpu.supports(jnp.float32)
 
 
 @pytest.mark.skipif(bool(extension.missing()), reason=extension.missing())
