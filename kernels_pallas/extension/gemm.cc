@@ -16,8 +16,8 @@ namespace {
 // the inner ones.
 constexpr int64_t kMostChunk = 1 << 20, kChunkRows = 384, kBlockDepth = 256, kBlockFloats = 1 << 16;
 // Few rows: bytes of a column that go at a time, so many that their pages are known to the CPU at
-// once, and how far ahead a row is fetched.
-constexpr int64_t kFewBytes = 64, kAheadBytes = 512;
+// once, of narrow columns more, this many of all together; and how far ahead a row is fetched.
+constexpr int64_t kFewBytes = 64, kFewSpan = 1 << 13, kAheadBytes = 512;
 
 // So many rows read so small a matrix where it lies, again for each tile of them.
 constexpr int64_t kNearRows = 42, kNearFloats = 1 << 18;

@@ -20,12 +20,12 @@ TARGET inline void load(const uint16_t* from, Vector& to) {
 
 // c [kRows][kVectors * kWidth] = or += the product of a [depth][kLanes] and b [depth][b_row].
 // Meanwhile it fetches what lies `stride` bytes apart from `ahead` on, a line for `every` k.
-template <int kVectors, typename B, int kRows>
+template <int kVectors, bool kPacked, typename B, int kRows>
 TARGET void tile(const float* a, const B* b, int64_t b_row, int64_t depth, float* c, int64_t c_row,
                  bool add, const Ahead& ahead) {
-  // A panel's tile has a line to fetch at a time, a wider one those beside what it reads.
-  constexpr int kFetched =
-      kVectors > kPanelVectors ? kVectors * kWidth * static_cast<int>(sizeof(B)) / kLine : 1;
+  // A packed panel's tile has a line to fetch at a time, another those beside what it reads.
+  constexpr int kBytes = kVectors * kWidth * static_cast<int>(sizeof(B));
+  constexpr int kFetched = kPacked || kBytes < kLine ? 1 : kBytes / kLine;
   Vector sum[kRows][kVectors] = {};
   const char* next = ahead.data;
   for (int64_t k = 0; k < depth; next += ahead.stride) {
@@ -63,16 +63,17 @@ template <typename B>
 using Tile = void (*)(const float*, const B*, int64_t, int64_t, float*, int64_t, bool,
                       const Ahead&);
 
-template <int kVectors, typename B, int... kRows>
+template <int kVectors, bool kPacked, typename B, int... kRows>
 inline Tile<B> tile_of(int64_t rows, std::integer_sequence<int, kRows...>) {
-  static constexpr Tile<B> kTiles[] = {tile<kVectors, B, kRows + 1>...};
+  static constexpr Tile<B> kTiles[] = {tile<kVectors, kPacked, B, kRows + 1>...};
   return kTiles[rows - 1];
 }
 
 // The tile of so many rows, at most kMostSums / kVectors.
-template <int kVectors, typename B>
+template <int kVectors, bool kPacked, typename B>
 inline Tile<B> tile_of(int64_t rows) {
-  return tile_of<kVectors, B>(rows, std::make_integer_sequence<int, kMostSums / kVectors>());
+  return tile_of<kVectors, kPacked, B>(
+      rows, std::make_integer_sequence<int, kMostSums / kVectors>());
 }
 
 // Four elements of each of the rows, as columns at `to`.
@@ -217,8 +218,8 @@ int64_t in_place(const float* a, const B* b, int64_t b_row, int64_t rows, int64_
                 b_row * static_cast<int64_t>(sizeof(B)), 1};
     for (int64_t part = 0; part < parts; ++part) {
       const int64_t begin = begin_of(part, parts, rows), end = begin_of(part + 1, parts, rows);
-      tile_of<kVectors, B>(end - begin)(a + begin, b + j, b_row, depth, c + begin * c_row + j,
-                                        c_row, add, ahead);
+      tile_of<kVectors, false, B>(end - begin)(a + begin, b + j, b_row, depth,
+                                               c + begin * c_row + j, c_row, add, ahead);
       ahead.stride = 0;
     }
   }
@@ -232,7 +233,8 @@ void one_tile(const Left& left, int64_t t, const Operand& b, int64_t columns, fl
               int64_t c_row, bool adds, Scratch& memory) {
   // Rows a multiple of 4096 bytes apart share the places of a cache of eight ways.
   const bool apart = b.depth * static_cast<int64_t>(sizeof(B)) % 4096 == 0;
-  const int64_t most = apart ? 8 : kFewBytes / sizeof(B);
+  const int64_t span = kFewSpan / (columns * sizeof(B));
+  const int64_t most = apart ? 8 : std::max<int64_t>(kFewBytes / sizeof(B), span);
   const int64_t rows = left.begin(t + 1) - left.begin(t);
   c += left.begin(t) * c_row;
   int64_t j = 0;
@@ -254,8 +256,8 @@ void one_tile(const Left& left, int64_t t, const Operand& b, int64_t columns, fl
   float* packed = memory.of(left.depth * kPanel);
   pack(b, j, columns - j, 0, left.depth, packed, kPanel);
   const Ahead idle{reinterpret_cast<const char*>(packed), 0, left.depth};
-  tile_of<kPanelVectors, float>(rows)(left.tile(t, 0), packed, kPanel, left.depth, c + j, c_row,
-                                      adds, idle);
+  tile_of<kPanelVectors, true, float>(rows)(left.tile(t, 0), packed, kPanel, left.depth, c + j,
+                                            c_row, adds, idle);
 }
 
 // The lines of the next block of the right matrix, dealt evenly to the tiles of this one: at once
@@ -320,7 +322,7 @@ void many_tiles(const Left& left, const Right& b, int64_t j, int64_t width, int6
       for (int64_t p = 0; p < panels; ++p) {
         const float* panel = packed + p * most * kPanel;
         const int64_t begin = left.begin(t);
-        tile_of<kPanelVectors, float>(left.begin(t + 1) - begin)(
+        tile_of<kPanelVectors, true, float>(left.begin(t + 1) - begin)(
             left.tile(t, k), panel, kPanel, deep, c + begin * c_row + p * kPanel, c_row,
             adds || block > 0, early.turn(panel));
       }
