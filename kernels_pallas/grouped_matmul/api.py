@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from kernels_pallas import extension
+from kernels_pallas import extension, hopper
 from kernels_pallas.grouped_matmul import cpu, gpu, ref, tpu
 
 
@@ -33,10 +33,13 @@ def product(
     )
   own = gpu if tpu.supports(m, d, f, len(w_edf)) else tpu
   on_cpu = ref if extension.without(x_md.dtype, w_edf.dtype) else cpu
+  by_xla = hopper.unasked() or gpu.supports(d, f, x_md.dtype)
+  on_cuda = gpu.product if by_xla else gpu.mosaic_product
   return jax.lax.platform_dependent(
       x_md, w_edf, group_sizes_e,
       cpu=lambda x, w, sizes: on_cpu.product(x, w, sizes, transpose=transpose),
       tpu=lambda x, w, sizes: own.product(x, w, sizes, transpose=transpose),
+      cuda=lambda x, w, sizes: on_cuda(x, w, sizes, transpose=transpose),
       default=lambda x, w, sizes: gpu.product(x, w, sizes, transpose=transpose),
   )
 

@@ -1,7 +1,7 @@
 """The grouped products on GPU: XLA's `ragged_dot`, and JAX's Mosaic GPU kernels for Hopper.
 
-`api` takes `ragged_dot`, which every GPU runs. The Mosaic kernels are here for whoever has measured
-them on their own card; they want bfloat16 or float16 and axes that their blocks divide.
+`api` takes `ragged_dot`, which every GPU runs, and the Mosaic kernel where `kernels_pallas.hopper`
+says that it is asked for; that wants bfloat16 or float16 and axes that its blocks divide.
 """
 
 from typing import Any
@@ -36,6 +36,15 @@ def outer(x_md: jax.Array, dy_mf: jax.Array, group_sizes_e: jax.Array, dtype: An
   ).astype(dtype)
 
 
+def supports(d: int, f: int, dtype: Any) -> str:
+  """'' if `mosaic_product` takes such a product, or why not."""
+  if dtype not in (jnp.bfloat16, jnp.float16):
+    return f'x is {dtype}, not bfloat16 or float16'
+  if d % DEPTH or f % BLOCK:
+    return f'd = {d} must be a multiple of {DEPTH} and f = {f} of {BLOCK}'
+  return ''
+
+
 def mosaic_product(
     x_md: jax.Array, w_edf: jax.Array, group_sizes_e: jax.Array, *, transpose: bool = False
 ) -> jax.Array:
@@ -47,12 +56,8 @@ def mosaic_product(
   from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu  # Half a second to import.
 
   f = w_edf.shape[1 if transpose else 2]
-  if x_md.dtype not in (jnp.bfloat16, jnp.float16):
-    raise ValueError(f'mosaic_product: x is {x_md.dtype}, not bfloat16 or float16')
-  if x_md.shape[1] % DEPTH or f % BLOCK:
-    raise ValueError(
-        f'mosaic_product: d = {x_md.shape[1]} must be a multiple of {DEPTH} and f = {f} of {BLOCK}'
-    )
+  if reason := supports(x_md.shape[1], f, x_md.dtype):
+    raise ValueError(f'mosaic_product: {reason}')
   y_mf = ragged_dot_mgpu.ragged_dot(
       x_md, w_edf.astype(x_md.dtype), group_sizes=group_sizes_e, block_m=BLOCK, block_n=BLOCK,
       block_k=DEPTH, max_concurrent_steps=4, grid_block_n=1, transpose_rhs=transpose,

@@ -10,6 +10,6 @@ A weight's two bits lie where a shift and a mask make them the sign and the top 
 bfloat16, so that decoding converts nothing: 0, 2.0 and -2.0.
 
 `api` is what to call, `cpu` the C++ implementation, `ref` that in XLA where C++ was not built,
-`tpu` the kernel; `gpu` expands experts for want of one, `layout` packs and unpacks, `cases` are the
-shapes that all are checked on.
+`tpu` the kernel; `gpu` expands experts and has a kernel for Hopper, `layout` packs and unpacks,
+`cases` are the shapes that all are checked on.
 """

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import extension
+from kernels_pallas import extension, hopper
 from kernels_pallas.ternary_matmul import cpu, gpu, layout, ref, tpu
 
 
@@ -21,8 +21,8 @@ def ternary_matmul(
 ) -> jax.Array:
   """y[rows of e] = x[rows of e] W_e, [m, f] in x's dtype, accumulated in float32.
 
-  The kernel on TPU, where it `supports` the product; C++ on CPU, or loops in XLA where it was not
-  built; else expanded experts.
+  The kernel on TPU, and on an NVIDIA card where MOEJAX_GPU=mosaic asks for it, if it `supports` the
+  product; C++ on CPU, or loops in XLA where it was not built; else expanded experts.
 
   See the package for the arguments. One level an output halves the kernel's products.
 
@@ -43,9 +43,11 @@ def ternary_matmul(
     return jnp.zeros((m, f), x_md.dtype)
   refused = tpu.supports(m, d, f, e, x_md.dtype)
   by_cpu = ref if extension.without(x_md.dtype) else cpu
+  by_xla = hopper.unasked() or gpu.supports(m, f, x_md.dtype)
   return jax.lax.platform_dependent(
       x_md, words_ewf, levels_enf, group_sizes_e, cpu=by_cpu.ternary_matmul,
-      tpu=gpu.ternary_matmul if refused else tpu.ternary_matmul, default=gpu.ternary_matmul,
+      tpu=gpu.ternary_matmul if refused else tpu.ternary_matmul,
+      cuda=gpu.ternary_matmul if by_xla else gpu.mosaic_ternary_matmul, default=gpu.ternary_matmul,
   )
 
 

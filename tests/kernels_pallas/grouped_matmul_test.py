@@ -208,6 +208,17 @@ def test_the_hopper_kernel_lowers_and_names_what_it_cannot_take():
     jax.eval_shape(gpu.mosaic_product, *structs(cases.CHECKED[2], jnp.bfloat16))
 
 
+def test_a_gpu_gets_the_hopper_kernel_where_it_is_asked_for(monkeypatch):
+  case = cases.Case('hopper', (100, 0, 28), 0, 128, 256)
+  lowered = lambda case: jax.jit(lambda *a: api.product(*a)).trace(
+      *structs(case, jnp.bfloat16)
+  ).lower(lowering_platforms=('cuda',)).as_text()
+  assert 'mosaic_gpu' not in lowered(case)
+  monkeypatch.setenv('MOEJAX_GPU', 'mosaic')
+  assert 'mosaic_gpu' in lowered(case)
+  assert 'mosaic_gpu' not in lowered(cases.CHECKED[2])
+
+
 def test_the_cost_counts_tokens_not_groups():
   few, many = (api.cost(100, 64, 32, active, 2) for active in (1, 50))
   assert few.flops == many.flops == 2 * 100 * 64 * 32

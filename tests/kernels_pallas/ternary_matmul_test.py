@@ -3,6 +3,7 @@
 import functools
 
 import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -111,6 +112,55 @@ def test_shapes_that_do_not_fit_are_named():
   x, signs, levels, sizes = operands(cases.CHECKED[1])
   with pytest.raises(ValueError, match=r'x \(1, 23\), words \(2, 16, 40\)'):
     api.ternary_matmul(x[:, :23], layout.pack(signs)[:, :16], levels[:1], sizes)
+
+
+HOPPER = (
+    cases.Case('two_tiles', (5, 0, 3), 2, 200, 64), cases.Case('one_row', (1,), 0, 1024, 128),
+    cases.Case('tails', (40, 1, 30), 1, 1300, 64), cases.Case('all_on_one', (0, 70, 0), 0, 24, 64),
+    cases.Case('no_row', (0, 0), 3, 24, 64),
+)
+
+
+@pytest.mark.parametrize('levels', (1, 2))
+@pytest.mark.parametrize('case', HOPPER, ids=lambda c: c.name)
+def test_the_hopper_kernel(case, levels):
+  """Lowered for CUDA; and multiplied right, where this JAX interprets Mosaic GPU."""
+  x, signs, values, sizes = operands(case, jnp.bfloat16)
+  values = np.asarray(jnp.asarray(values[:, -levels:], jnp.bfloat16), np.float32)
+  words = layout.pack(signs)
+  lowered = jax.jit(lambda *a: gpu.mosaic_ternary_matmul(*a)).trace(
+      x, words, values, sizes
+  ).lower(lowering_platforms=('cuda',)).as_text()
+  assert 'mosaic_gpu' in lowered
+  if jax.__version_info__ < (0, 12):
+    return
+  both = values if levels == 2 else np.concatenate([-values, values], 1)
+  want = product64(case, x, signs, both)
+  got = gpu.mosaic_ternary_matmul(
+      x, words, values, sizes, interpret=plgpu.InterpretGPUParams()
+  )
+  assert got.dtype == jnp.bfloat16
+  np.testing.assert_allclose(np.float64(got), want, rtol=2**-8, atol=1e-4)
+
+
+def test_a_gpu_gets_the_hopper_kernel_where_it_is_asked_for(monkeypatch):
+  lowered = lambda case, dtype=jnp.bfloat16: jax.jit(lambda *a: api.ternary_matmul(*a)).trace(
+      *packed(case, dtype)
+  ).lower(lowering_platforms=('cuda',)).as_text()
+  packed = lambda case, dtype: (
+      lambda x, signs, levels, sizes: (x, layout.pack(signs), levels, sizes)
+  )(*operands(case, dtype))
+  assert 'mosaic_gpu' not in lowered(HOPPER[0])
+  monkeypatch.setenv('MOEJAX_GPU', 'mosaic')
+  assert 'mosaic_gpu' in lowered(HOPPER[0])
+  assert 'mosaic_gpu' not in lowered(HOPPER[0], jnp.float32)
+  assert 'outputs' in gpu.supports(8, 40, jnp.bfloat16)
+  assert 'rows' in gpu.supports(513, 64, jnp.bfloat16)
+  with pytest.raises(ValueError, match='mosaic_ternary_matmul: x is float32'):
+    gpu.mosaic_ternary_matmul(*packed(HOPPER[0], jnp.float32))
+  monkeypatch.setenv('MOEJAX_GPU', 'triton')
+  with pytest.raises(ValueError, match='MOEJAX_GPU=triton is none of'):
+    lowered(HOPPER[0])
 
 
 def test_only_a_tpu_gets_the_kernel():
