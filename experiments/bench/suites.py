@@ -7,6 +7,7 @@ import os
 import pathlib
 import platform
 import re
+import shutil
 import subprocess
 import sys
 from typing import Any
@@ -23,12 +24,14 @@ class Worker:
 
   needs: packages, the first of which decides between two interpreters: the newer is taken.
   seconds: about what one run takes on two cores; they weigh the progress bar.
+  gpu: whether it measures an NVIDIA card, and is left out where there is none.
   """
 
   part: str
   module: str
   needs: tuple[str, ...]
   seconds: float
+  gpu: bool = False
 
 
 _JAX = ('jax', 'jaxlib', 'flax')
@@ -56,6 +59,7 @@ SUITES: dict[str, tuple[Worker, ...]] = {
     'kernels': (
         Worker(part='products', module='kernels_jax', needs=_JAX, seconds=120),
         Worker(part='schedules', module='kernels_tpu', needs=_JAX, seconds=60),
+        Worker(part='card', module='kernels_gpu', needs=_JAX, seconds=300, gpu=True),
     ),
     'c2048': (Worker(part='c2048', module='c2048_jax', needs=_JAX, seconds=180),),
     'moefy': (
@@ -145,6 +149,8 @@ def interpreters(given: Sequence[str]) -> dict[str, dict[str, str]]:
 
 def choose(worker: Worker, found: Mapping[str, Mapping[str, str]]) -> tuple[str | None, str]:
   """The interpreter for a worker, or None and the reason."""
+  if worker.gpu and not shutil.which('nvidia-smi'):
+    return None, 'no NVIDIA card is here (nvidia-smi was not found)'
   able = [p for p, has in found.items() if all(n in has for n in worker.needs)]
   if not able:
     return None, f'no Python with {" and ".join(worker.needs)} was found (looked in {len(found)})'
@@ -155,9 +161,10 @@ def choose(worker: Worker, found: Mapping[str, Mapping[str, str]]) -> tuple[str 
 def run_worker(worker: Worker, python: str, quick: bool) -> tuple[dict[str, Any] | None, str]:
   """What the worker printed, or None and the reason."""
   kept = {k: v for k, v in os.environ.items() if not k.startswith(('XLA_', 'JAX_'))}
+  own = environment(quick) | ({'JAX_PLATFORMS': 'cuda'} if worker.gpu else {})
   done = subprocess.run(
       [python, '-m', f'experiments.bench.{worker.module}', *(['--quick'] if quick else [])],
-      env={**kept, **environment(quick)}, cwd=ROOT, capture_output=True, text=True, check=False,
+      env={**kept, **own}, cwd=ROOT, capture_output=True, text=True, check=False,
   )
   if done.returncode:
     last = (done.stderr.strip().splitlines() or [f'exit status {done.returncode}'])[-1]

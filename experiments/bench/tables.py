@@ -20,6 +20,7 @@ TITLES = {
     'clusters': 'Neurons into experts of equal size',
     'products': 'A product with one expert on CPU, below four bits a weight and in float32',
     'schedules': 'TPU kernels, not run: bundles for 2048 x 512 weights, and cycles to read them',
+    'card': 'Grouped products on an NVIDIA card, against bfloat16 by XLA',
     'c2048': 'Switch-c-2048, 1.6T parameters, as codes of blocks below one bit a weight',
     'equal': 'Training that MoE (ours) against a dense decoder of equal active parameters (peer)',
 }
@@ -45,6 +46,8 @@ TARGETS = {
     ('products', 'ternary, two bits, one level'): 1.0,
     ('products', 'ternary, below one bit'): 0.5,
     **{('products', f'{bits}-bit with scale and zero'): 1.0 for bits in (2, 3, 4)},
+    **{('card', f'1 row each: two bits, {n}, Mosaic'): 4.0 for n in ('one level', 'two levels')},
+    ('card', '1 row each: below one bit'): 1.5,
     ('c2048', 'stored'): 1.0,
     ('c2048', 'in one H200'): 1.0,
     ('products', 'ternary, below one bit, for a kernel'): 0.5,

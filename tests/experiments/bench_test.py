@@ -11,7 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments.bench import experts_jax, gptq_jax, gptq_problem, suites, tables, timing
+from experiments.bench import (
+  experts_jax,
+  gptq_jax,
+  gptq_problem,
+  kernels_gpu,
+  suites,
+  tables,
+  timing,
+)
 from moejax import errors
 from moejax.compress import gptq_core
 
@@ -305,3 +313,25 @@ def test_the_decoder_suite_compares_equal_models():
   assert compared != ('left out: decoder_torch' in done.stderr)
   if all(importlib.util.find_spec(name) for name in ('torch', 'transformers')):
     assert compared
+
+
+def test_the_suite_for_a_card_multiplies_right_and_is_left_out_without_one(monkeypatch):
+  """On the CPU: XLA's programs and ours, not the kernels."""
+  rows = kernels_gpu.main(quick=True)
+  timed = {row['metric']: row for row in rows if row['unit'] == 's' and row['ours']}
+  formats = (
+      'bfloat16, XLA', 'two bits, two levels', 'two bits, one level', 'below one bit', '4 bits',
+  )
+  for how in ('again', '1 row each', '3 rows each'):
+    assert all(0 < timed[f'{how}: {name}']['error'] < 0.01 for name in formats)
+    assert f'{how}: below one bit, expanded to two' in timed
+  targets = {metric.partition(': ')[2] for part, metric in tables.TARGETS if part == 'card'}
+  assert targets <= {*formats, *kernels_gpu.MOSAIC.values()}
+  with pytest.raises(ValueError, match='x: off by 100.0%'):
+    kernels_gpu.right(jnp.zeros((1, 4)), jnp.ones((1, 3)), np.ones((3, 4)), 'x')
+  card = next(w for w in suites.SUITES['kernels'] if w.gpu)
+  monkeypatch.setattr(suites.shutil, 'which', lambda name: None)
+  able = {'python': dict.fromkeys(card.needs, '1.0')}
+  assert suites.choose(card, able) == (None, 'no NVIDIA card is here (nvidia-smi was not found)')
+  monkeypatch.setattr(suites.shutil, 'which', lambda name: name)
+  assert suites.choose(card, able) == ('python', '')
