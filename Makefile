@@ -57,7 +57,7 @@ evidence: test-long
 	$(BIN)/python -m experiments.train --config configs/grin_tiny.py:grin --workdir runs/grin16 \
 	  --set model.moe.num_experts=16
 	$(BIN)/python -m experiments.fewer --model runs/grin16/model --samples 64 --test_samples 48 \
-	  --batch 4 --out experiments/evidence/fewer_grin.json \
+	  --batch 4 --recover 32 --out experiments/evidence/fewer_grin.json \
 	  --page experiments/RESULTS_FEWER_GRIN.md
 	$(BIN)/python -m experiments.train --config configs/sotu_switch16.py --workdir runs/t5 \
 	  --set model.family=t5 --set model.moe=null --set train.steps=1200 \
