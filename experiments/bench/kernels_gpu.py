@@ -35,7 +35,7 @@ MEMORY = {'H100': 3.35e12, 'H200': 4.8e12}  # Bytes a second.
 WRONG = 0.02  # Of the norm; bfloat16 rounds to a 256th.
 PEER = 'bfloat16, XLA'
 MOSAIC = {PEER: 'bfloat16, Mosaic', 'two bits, two levels': 'two bits, two levels, Mosaic',
-          'two bits, one level': 'two bits, one level, Mosaic'}
+          'two bits, one level': 'two bits, one level, Mosaic', '4 bits': '4 bits, Mosaic'}
 
 
 def nodes(d: int, f: int) -> dict[str, Any]:

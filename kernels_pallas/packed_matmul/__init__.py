@@ -7,6 +7,6 @@
     group_sizes_e int32 [e]            rows of each expert; rows past their sum give 0
 
 `api` is what to call, `cpu` the C++ implementation, `ref` that in XLA where C++ was not built,
-`tpu` the kernel; `gpu` expands experts for want of one, `layout` packs and unpacks, `cases` are the
-shapes that all are checked on.
+`tpu` the kernel; `gpu` expands experts and has a kernel for Hopper, `layout` packs and unpacks,
+`cases` are the shapes that all are checked on.
 """

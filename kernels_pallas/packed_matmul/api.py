@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas import extension
+from kernels_pallas import extension, hopper
 from kernels_pallas.packed_matmul import cpu, gpu, layout, ref, tpu
 
 
@@ -23,8 +23,8 @@ def packed_matmul(
 ) -> jax.Array:
   """y[rows of e] = x[rows of e] W_e, [m, f] in x's dtype, accumulated in float32.
 
-  The kernel on TPU, where it `supports` the product; C++ on CPU, or loops in XLA where it was not
-  built; else expanded experts.
+  The kernel on TPU, and on an NVIDIA card where MOEJAX_GPU=mosaic asks for it, if it `supports` the
+  product; C++ on CPU, or loops in XLA where it was not built; else expanded experts.
 
   See the package for the arguments.
 
@@ -49,10 +49,11 @@ def packed_matmul(
   of_width = functools.partial(functools.partial, bits=bits, group_size=group_size)
   plain = of_width(gpu.packed_matmul)
   by_cpu = ref if extension.without(x_md.dtype) else cpu
+  by_xla = hopper.unasked() or gpu.supports(m, d, f, x_md.dtype, bits, group_size)
   return jax.lax.platform_dependent(
       x_md, words_ewf, scale_efg, zero_efg, group_sizes_e,
       cpu=of_width(by_cpu.packed_matmul), tpu=plain if refused else of_width(tpu.packed_matmul),
-      default=plain,
+      cuda=plain if by_xla else of_width(gpu.mosaic_packed_matmul), default=plain,
   )
 
 

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -109,6 +110,45 @@ def test_shapes_that_do_not_fit_are_named():
   x, words, scale, zero, sizes, _ = operands(cases.CHECKED[1])
   with pytest.raises(ValueError, match=r'x \(1, 24\), 2-bit words \(2, 3, 40\)'):
     api.packed_matmul(x, words, scale, zero, sizes, bits=2)
+
+
+HOPPER = (
+    cases.Case('two_tiles', (5, 0, 3), 2, 192, 64, 4),
+    cases.Case('two_bits', (1,), 0, 1152, 128, 2),
+    cases.Case('three_bits', (40, 1, 30), 1, 768, 64, 3),
+    cases.Case('eight_bits', (0, 70, 0), 0, 576, 64, 8), cases.Case('no_row', (0, 0), 3, 64, 64, 4),
+)
+
+
+@pytest.mark.parametrize('case', HOPPER, ids=lambda c: c.name)
+def test_the_hopper_kernel(case):
+  """Lowered for CUDA; and multiplied right, where this JAX interprets Mosaic GPU."""
+  *given, dense = operands(case, jnp.bfloat16)
+  product = functools.partial(gpu.mosaic_packed_matmul, bits=case.bits)
+  lowered = jax.jit(product).trace(*given).lower(lowering_platforms=('cuda',)).as_text()
+  assert lowered.count('mosaic_gpu') >= len(layout.FIELDS[case.bits])
+  if jax.__version_info__ < (0, 12):
+    return
+  got = product(*given, interpret=plgpu.InterpretGPUParams())
+  want = product64(case, given[0], dense)
+  assert got.dtype == jnp.bfloat16
+  np.testing.assert_allclose(
+      np.float64(got), want, rtol=2**-8, atol=1e-5 * np.abs(want).max(initial=1.0)
+  )
+
+
+def test_a_gpu_gets_the_hopper_kernel_where_it_is_asked_for(monkeypatch):
+  *given, _ = operands(HOPPER[0], jnp.bfloat16)
+  lowered = lambda *given: jax.jit(lambda *a: api.packed_matmul(*a, bits=4)).trace(
+      *given
+  ).lower(lowering_platforms=('cuda',)).as_text()
+  assert 'mosaic_gpu' not in lowered(*given)
+  monkeypatch.setenv('MOEJAX_GPU', 'mosaic')
+  assert 'mosaic_gpu' in lowered(*given)
+  assert 'groups of 128' in gpu.supports(8, 256, 64, jnp.bfloat16, 3, 128)
+  assert 'multiples of 256' in gpu.supports(8, 128, 64, jnp.bfloat16, 3, 0)
+  with pytest.raises(ValueError, match='mosaic_packed_matmul: x is float32'):
+    gpu.mosaic_packed_matmul(given[0].astype(jnp.float32), *given[1:], bits=4)
 
 
 def test_only_a_tpu_gets_the_kernel():

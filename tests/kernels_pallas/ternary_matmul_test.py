@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas import hopper
 from kernels_pallas.ternary_matmul import api, cases, cpu, gpu, layout, ref, tpu
 
 PRODUCTS = {
@@ -154,8 +155,8 @@ def test_a_gpu_gets_the_hopper_kernel_where_it_is_asked_for(monkeypatch):
   monkeypatch.setenv('MOEJAX_GPU', 'mosaic')
   assert 'mosaic_gpu' in lowered(HOPPER[0])
   assert 'mosaic_gpu' not in lowered(HOPPER[0], jnp.float32)
-  assert 'outputs' in gpu.supports(8, 40, jnp.bfloat16)
-  assert 'rows' in gpu.supports(513, 64, jnp.bfloat16)
+  assert 'outputs' in hopper.supports(8, 40, jnp.bfloat16)
+  assert 'rows' in hopper.supports(513, 64, jnp.bfloat16)
   with pytest.raises(ValueError, match='mosaic_ternary_matmul: x is float32'):
     gpu.mosaic_ternary_matmul(*packed(HOPPER[0], jnp.float32))
   monkeypatch.setenv('MOEJAX_GPU', 'triton')
