@@ -6,7 +6,7 @@ decoded there as bfloat16 and multiplied by tensor cores. W^T is the left matrix
 fill them.
 
 The kernels are lowered and interpreted in tests and have not been run on a card: they serve where
-the environment variable MOEJAX_GPU=mosaic asks for them.
+the environment variable MOEJAX_GPU=mosaic asks for them, which is for Hopper cards alone (sm_90a).
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-MOST_ROWS = 512  # With more the products cost more than reading the weights.
+MOST_ROWS = 64  # An expert. With more the products cost more than reading the weights.
 COLUMNS = 64  # Outputs of a program, the least that tensor cores take as rows of W^T.
 WORDS = 64  # Of an output in a block; as many inputs has a product.
 ALIGNED = 8  # Words that are copied together.
@@ -37,12 +37,12 @@ def unasked() -> str:
   return '' if asked == 'mosaic' else 'MOEJAX_GPU=mosaic asks for kernels by Mosaic GPU'
 
 
-def supports(m: int, f: int, dtype: Any) -> str:
-  """'' if `products` takes m rows of `dtype` and f outputs, or why not."""
+def supports(m: int, f: int, e: int, dtype: Any) -> str:
+  """'' if `products` takes m rows of `dtype`, e experts and f outputs, or why not."""
   if jnp.dtype(dtype) != jnp.bfloat16:
     return f'x is {jnp.dtype(dtype)}, the kernel multiplies bfloat16'
-  if m > MOST_ROWS:
-    return f'{m} rows, the kernel is for {MOST_ROWS} at most'
+  if m > MOST_ROWS * e:
+    return f'{m} rows of {e} experts, the kernel is for {MOST_ROWS} an expert at most'
   if f % COLUMNS:
     return f'{f} outputs, the kernel takes multiples of {COLUMNS}'
   return ''

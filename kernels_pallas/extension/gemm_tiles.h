@@ -316,8 +316,10 @@ void many_tiles(const Left& left, const Right& b, int64_t j, int64_t width, int6
     }
     // After the last columns comes what lies behind the matrix, which may be the next one.
     const bool down = block + 1 < blocks, beside = !down && j + width < columns;
-    Early early(b, down ? j : beside ? j + width : 0, beside ? 0 : end, deep, width,
-                panels * left.tiles);
+    bool below = down;
+    if constexpr (std::is_same_v<Right, Operand>) below = down || (!beside && b.lane == 1);
+    const int64_t next = down ? j : beside ? j + width : below ? 0 : columns;
+    Early early(b, next, below ? end : 0, deep, width, panels * left.tiles);
     for (int64_t t = 0; t < left.tiles; ++t) {
       for (int64_t p = 0; p < panels; ++p) {
         const float* panel = packed + p * most * kPanel;

@@ -33,7 +33,7 @@ def product(
     )
   own = gpu if tpu.supports(m, d, f, len(w_edf)) else tpu
   on_cpu = ref if extension.without(x_md.dtype, w_edf.dtype) else cpu
-  by_xla = hopper.unasked() or gpu.supports(d, f, x_md.dtype)
+  by_xla = hopper.unasked() or gpu.supports(m, d, f, x_md.dtype)
   on_cuda = gpu.product if by_xla else gpu.mosaic_product
   return jax.lax.platform_dependent(
       x_md, w_edf, group_sizes_e,

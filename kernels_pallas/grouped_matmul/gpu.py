@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 BLOCK = 128
 DEPTH = 64
+ROWS = 8  # The Mosaic kernel takes multiples of them.
 
 
 def product(
@@ -36,8 +37,10 @@ def outer(x_md: jax.Array, dy_mf: jax.Array, group_sizes_e: jax.Array, dtype: An
   ).astype(dtype)
 
 
-def supports(d: int, f: int, dtype: Any) -> str:
+def supports(m: int, d: int, f: int, dtype: Any) -> str:
   """'' if `mosaic_product` takes such a product, or why not."""
+  if not m:
+    return 'm = 0'
   if dtype not in (jnp.bfloat16, jnp.float16):
     return f'x is {dtype}, not bfloat16 or float16'
   if d % DEPTH or f % BLOCK:
@@ -55,14 +58,15 @@ def mosaic_product(
   """
   from jax.experimental.pallas.ops.gpu import ragged_dot_mgpu  # Half a second to import.
 
-  f = w_edf.shape[1 if transpose else 2]
-  if reason := supports(x_md.shape[1], f, x_md.dtype):
+  (m, d), f = x_md.shape, w_edf.shape[1 if transpose else 2]
+  if reason := supports(m, d, f, x_md.dtype):
     raise ValueError(f'mosaic_product: {reason}')
+  x_md = jnp.pad(x_md, ((0, -m % ROWS), (0, 0)))
   y_mf = ragged_dot_mgpu.ragged_dot(
       x_md, w_edf.astype(x_md.dtype), group_sizes=group_sizes_e, block_m=BLOCK, block_n=BLOCK,
       block_k=DEPTH, max_concurrent_steps=4, grid_block_n=1, transpose_rhs=transpose,
   )
-  return _zero_outside(y_mf, group_sizes_e)
+  return _zero_outside(y_mf[:m], group_sizes_e)
 
 
 def _zero_outside(y_mf: jax.Array, group_sizes_e: jax.Array) -> jax.Array:

@@ -1,7 +1,8 @@
 """Chosen experts in C++ for CPUs: each expert's matrices times the tokens that chose it.
 
-Rows are read and written where they lie and nothing is padded: time follows what was chosen, from
-one token's experts to all experts of all tokens, which take what the dense layer takes.
+Rows are read and written where they lie and nothing is padded: the products' time follows what was
+chosen, from one token's experts to all experts of all tokens, which take what the dense layer does.
+Between them lie hidden units of all experts, 0 where not chosen, as large as the dense layer's.
 """
 
 from collections.abc import Callable, Mapping

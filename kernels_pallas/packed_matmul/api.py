@@ -49,7 +49,7 @@ def packed_matmul(
   of_width = functools.partial(functools.partial, bits=bits, group_size=group_size)
   plain = of_width(gpu.packed_matmul)
   by_cpu = ref if extension.without(x_md.dtype) else cpu
-  by_xla = hopper.unasked() or gpu.supports(m, d, f, x_md.dtype, bits, group_size)
+  by_xla = hopper.unasked() or gpu.supports(m, d, f, e, x_md.dtype, bits, group_size)
   return jax.lax.platform_dependent(
       x_md, words_ewf, scale_efg, zero_efg, group_sizes_e,
       cpu=of_width(by_cpu.packed_matmul), tpu=plain if refused else of_width(tpu.packed_matmul),

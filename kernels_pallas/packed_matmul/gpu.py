@@ -26,14 +26,14 @@ def packed_matmul(
   return grouped.grouped_matmul(x_md, expert, group_sizes_e, words_ewf.shape[2])
 
 
-def supports(m: int, d: int, f: int, dtype: Any, bits: int, group_size: int) -> str:
+def supports(m: int, d: int, f: int, e: int, dtype: Any, bits: int, group_size: int) -> str:
   """'' if `mosaic_packed_matmul` takes such a product, or why not."""
   least = 32 * hopper.ALIGNED // min(layout.FIELDS[bits])
   if d % least:
     return f'{d} inputs, with {bits} bits the kernel takes multiples of {least}'
   if group_size:
     return f'groups of {group_size} inputs, the kernel is for one scale an output'
-  return hopper.supports(m, f, dtype)
+  return hopper.supports(m, f, e, dtype)
 
 
 def mosaic_packed_matmul(
@@ -48,8 +48,8 @@ def mosaic_packed_matmul(
   Raises:
     ValueError: what `supports` does not take.
   """
-  (m, d), f = x_md.shape, words_ewf.shape[2]
-  if reason := supports(m, d, f, x_md.dtype, bits, group_size):
+  (m, d), (e, _, f) = x_md.shape, words_ewf.shape
+  if reason := supports(m, d, f, e, x_md.dtype, bits, group_size):
     raise ValueError(f'mosaic_packed_matmul: {reason}')
   tiles = hopper.tiles(m, group_sizes_e, 32 // min(layout.FIELDS[bits]))
   x_ird = tiles.of(x_md)

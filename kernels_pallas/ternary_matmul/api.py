@@ -43,7 +43,7 @@ def ternary_matmul(
     return jnp.zeros((m, f), x_md.dtype)
   refused = tpu.supports(m, d, f, e, x_md.dtype)
   by_cpu = ref if extension.without(x_md.dtype) else cpu
-  by_xla = hopper.unasked() or hopper.supports(m, f, x_md.dtype)
+  by_xla = hopper.unasked() or hopper.supports(m, f, e, x_md.dtype)
   return jax.lax.platform_dependent(
       x_md, words_ewf, levels_enf, group_sizes_e, cpu=by_cpu.ternary_matmul,
       tpu=gpu.ternary_matmul if refused else tpu.ternary_matmul,

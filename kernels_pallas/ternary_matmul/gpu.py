@@ -41,8 +41,8 @@ def mosaic_ternary_matmul(
   Raises:
     ValueError: what `hopper.supports` does not take.
   """
-  m, w, f = len(x_md), *words_ewf.shape[1:]
-  if reason := hopper.supports(m, f, x_md.dtype):
+  m, (e, w, f) = len(x_md), words_ewf.shape
+  if reason := hopper.supports(m, f, e, x_md.dtype):
     raise ValueError(f'mosaic_ternary_matmul: {reason}')
   levels = levels_enf.shape[1]
 

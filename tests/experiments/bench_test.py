@@ -324,7 +324,7 @@ def test_the_suite_for_a_card_multiplies_right_and_is_left_out_without_one(monke
   )
   for how in ('again', '1 row each', '3 rows each'):
     assert all(0 < timed[f'{how}: {name}']['error'] < 0.01 for name in formats)
-    assert f'{how}: below one bit, expanded to two' in timed
+    assert timed[f'{how}: below one bit, expanded to two']['bytes'] > 0
   targets = {metric.partition(': ')[2] for part, metric in tables.TARGETS if part == 'card'}
   assert targets <= {*formats, *kernels_gpu.MOSAIC.values()}
   with pytest.raises(ValueError, match='x: off by 100.0%'):

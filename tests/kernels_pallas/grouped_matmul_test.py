@@ -199,7 +199,7 @@ def test_a_tpu_gets_mosaic_kernels_and_nothing_ragged():
 
 
 def test_the_hopper_kernel_lowers_and_names_what_it_cannot_take():
-  case = cases.Case('hopper', (100, 0, 28), 0, 128, 256)
+  case = cases.Case('hopper', (100, 0, 27), 3, 128, 256)
   traced = jax.jit(gpu.mosaic_product).trace(*structs(case, jnp.bfloat16))
   assert 'mosaic_gpu' in traced.lower(lowering_platforms=('cuda',)).as_text()
   with pytest.raises(ValueError, match='float32'):
@@ -209,7 +209,7 @@ def test_the_hopper_kernel_lowers_and_names_what_it_cannot_take():
 
 
 def test_a_gpu_gets_the_hopper_kernel_where_it_is_asked_for(monkeypatch):
-  case = cases.Case('hopper', (100, 0, 28), 0, 128, 256)
+  case = cases.Case('hopper', (7, 0, 3), 0, 128, 256)
   lowered = lambda case: jax.jit(lambda *a: api.product(*a)).trace(
       *structs(case, jnp.bfloat16)
   ).lower(lowering_platforms=('cuda',)).as_text()
@@ -217,6 +217,7 @@ def test_a_gpu_gets_the_hopper_kernel_where_it_is_asked_for(monkeypatch):
   monkeypatch.setenv('MOEJAX_GPU', 'mosaic')
   assert 'mosaic_gpu' in lowered(case)
   assert 'mosaic_gpu' not in lowered(cases.CHECKED[2])
+  assert 'mosaic_gpu' not in lowered(cases.Case('no_rows', (0, 0), 0, 128, 256))
 
 
 def test_the_cost_counts_tokens_not_groups():

@@ -145,8 +145,8 @@ def test_a_gpu_gets_the_hopper_kernel_where_it_is_asked_for(monkeypatch):
   assert 'mosaic_gpu' not in lowered(*given)
   monkeypatch.setenv('MOEJAX_GPU', 'mosaic')
   assert 'mosaic_gpu' in lowered(*given)
-  assert 'groups of 128' in gpu.supports(8, 256, 64, jnp.bfloat16, 3, 128)
-  assert 'multiples of 256' in gpu.supports(8, 128, 64, jnp.bfloat16, 3, 0)
+  assert 'groups of 128' in gpu.supports(8, 256, 64, 1, jnp.bfloat16, 3, 128)
+  assert 'multiples of 256' in gpu.supports(8, 128, 64, 1, jnp.bfloat16, 3, 0)
   with pytest.raises(ValueError, match='mosaic_packed_matmul: x is float32'):
     gpu.mosaic_packed_matmul(given[0].astype(jnp.float32), *given[1:], bits=4)
 
