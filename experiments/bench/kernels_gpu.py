@@ -171,8 +171,7 @@ def calls_of(made: dict[str, Any], d: int, e: int, rows: int, case: str) -> dict
   x = jax.random.normal(jax.random.key(0), (e * rows, d), jnp.bfloat16)
   sizes = jnp.full(e, rows, jnp.int32)
   plain = made['two bits, two levels'].dense(jnp.bfloat16)
-  held = {name: jnp.tile(plain, (e, 1, 1)) * factors(e) for name in (PEER,)}
-  held[PLAIN] = held[PEER]
+  held: dict[str, Any] = dict.fromkeys((PEER, PLAIN), jnp.tile(plain, (e, 1, 1)) * factors(e))
   held |= {name: jax.tree.map(jnp.asarray, copies(node, e)) for name, node in made.items()}
   found: dict[str, Measured] = {}
   for name, w in held.items():
