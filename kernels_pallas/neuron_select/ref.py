@@ -222,6 +222,7 @@ def all_in_groups(x_md: jax.Array, experts: Experts, chosen_me: jax.Array, act: 
 
 
 def plus_output_bias(y_md: jax.Array, experts: Experts, chosen_me: jax.Array) -> jax.Array:
+  """y and the output biases of the chosen experts, float32 [m, d]."""
   if 'wo_bias' not in experts:
     return y_md
   return y_md + jnp.matmul(
